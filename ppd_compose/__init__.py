@@ -1,0 +1,23 @@
+"""Composable speculative decoding for Hugging Face causal LMs: `model = compose(base, medusa, ppd)`."""
+
+from .budget import Budget
+from .check import MalformedDraft
+from .compose import compose
+from .hookspecs import hookimpl
+from .prompt import PromptTokens
+from .stats import Stats
+from .step import Answer, Step
+from .tree import Appended, TokenTree
+
+__all__ = [
+    "Answer",
+    "Appended",
+    "Budget",
+    "MalformedDraft",
+    "PromptTokens",
+    "Stats",
+    "Step",
+    "TokenTree",
+    "compose",
+    "hookimpl",
+]

@@ -1,0 +1,5 @@
+"""`python -m ppd_compose` is `ppd-compose`."""
+
+from .cli import main
+
+main()

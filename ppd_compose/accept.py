@@ -1,0 +1,63 @@
+"""Acceptance that keeps the model's distribution: the model picks a token after a node, and the child that
+holds it lives.
+
+Knows picks and paths. Does not know where the candidate tree came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from .hookspecs import hookimpl
+from .tree import TokenTree
+
+
+class MatchPicks:
+    """Exact at every temperature: greedy with argmax, sampling with one draw a node.
+
+    Each pick is the token that plain decoding would have put there, so the tokens, and with a seed the draws
+    too, are those of plain decoding.
+    """
+
+    @hookimpl(trylast=True)
+    def accept(self, tree: TokenTree, pick: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        """Walk down from the root while the model's pick is among the children."""
+        node: int | None = 0
+        while node is not None:
+            token = pick(node)
+            yield node, token
+            node = tree.child(node, token)
+
+
+class Picker:
+    """The model's own choice after a node: processors with the node's prefix, then argmax or one draw."""
+
+    def __init__(
+        self, processors: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None, keep: bool
+    ) -> None:
+        self.processors, self.do_sample, self.generator, self.keep = processors, do_sample, generator, keep
+        self.scores: list[Tensor] = []  # processed [1, vocab] float32, one for each pick, when kept
+        self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32
+
+    def over(self, logits: Tensor, prefix: Callable[[int], Tensor]) -> Callable[[int], int]:
+        """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it."""
+        if not (self.processors or self.do_sample or self.keep):
+            picks = logits.argmax(-1).tolist()
+            return lambda node: int(picks[node])
+        return lambda node: self._pick(logits[node][None], prefix(node))
+
+    def _pick(self, logits: Tensor, ids: Tensor) -> int:
+        # A copy: processors may write in place, and the forward's logits must not be kept alive.
+        raw = logits.to(copy=True, dtype=torch.float32)
+        scores: Any = self.processors(ids, raw)
+        if self.keep:
+            self.logits.append(logits.to(copy=True, dtype=torch.float32))
+            self.scores.append(scores)
+        if not self.do_sample:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))

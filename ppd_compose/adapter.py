@@ -1,0 +1,126 @@
+"""Prompt tokens as files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+Knows the format and refuses what is not it. Nothing is unpickled or executed. Does not know training or decoding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .identity import Identity
+from .prompt import PromptTokens
+from .storage import staged_file, write_text
+
+FORMAT = 1
+CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+TENSOR_SUFFIX = "ppd_embeddings"
+
+
+def save_prompt_tokens(
+    prompt: PromptTokens, folder: Path, *, training: Mapping[str, Any] | None = None, card: str | None = None
+) -> None:
+    """Write `prompt` to `folder`; each file is replaced whole, the config last.
+
+    Raises `ValueError` when `prompt` does not say which base it belongs to.
+    """
+    if prompt.identity is None:
+        raise ValueError("prompt tokens without an identity cannot be saved: give identity=Identity.of(base)")
+    n, v, _ = prompt.embeddings.shape
+    config = {
+        "peft_type": "PPD",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "format_version": FORMAT,
+        "base_model_name_or_path": prompt.identity.name,
+        "num_prompt_tokens": n,
+        "ensemble": v,
+        "base": asdict(prompt.identity),
+        "accuracy": prompt.accuracy.tolist(),
+        "training": dict(training or {}),
+    }
+    rows = prompt.embeddings.flatten(0, 1).float().cpu().contiguous()
+    with staged_file(folder / TENSORS) as staging:
+        save_file({f"base_model.model.{prompt.identity.embedding}.{TENSOR_SUFFIX}": rows}, staging, {"format": "pt"})
+    if card is not None:
+        write_text(folder / CARD, card)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def load_prompt_tokens(source: str | Path, *, revision: str | None = None, token: str | None = None) -> PromptTokens:
+    """Read prompt tokens from a folder or a Hub repository.
+
+    Raises:
+        FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
+        ValueError: a file is damaged, of another kind, or disagrees with the other.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), revision, token)
+    config = _read_config(folder / CONFIG)
+    n, v, accuracy, identity = _fields(folder / CONFIG, config)
+    rows = _read_rows(folder)
+    if rows.shape != (n * v, identity.hidden_size):
+        raise ValueError(
+            f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
+            f"of {identity.hidden_size}: the two files belong to different adapters"
+        )
+    return PromptTokens(rows.view(n, v, -1), accuracy, identity)
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    if repo.count("/") > 1 or repo.startswith((".", "/")):
+        raise FileNotFoundError(f"{repo} is no folder: give a folder with {CONFIG} and {TENSORS}, or a Hub id")
+    return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, TENSORS, CARD]))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: an adapter folder holds {CONFIG} and {TENSORS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or save the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "PPD":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} is no PPD adapter: peft_type is {kind!r}")
+    if config.get("format_version") != FORMAT:
+        raise ValueError(f"{path} has format {config.get('format_version')!r}, this version reads {FORMAT}: upgrade")
+    return config
+
+
+def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[float]], Identity]:
+    try:
+        n, v = config["num_prompt_tokens"], config["ensemble"]
+        accuracy, identity = config["accuracy"], Identity(**config["base"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks a field or has one too many: {error}") from None
+    for name, value in (("num_prompt_tokens", n), ("ensemble", v), ("base.hidden_size", identity.hidden_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{path}: {name} must be a whole number of at least 1, got {value!r}")
+    return n, v, accuracy, identity
+
+
+def _read_rows(folder: Path) -> Tensor:
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
+        hint = f"; {pickles[0]} is a pickle and is not opened: save it as safetensors" if pickles else ""
+        raise FileNotFoundError(f"{path} is missing{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
+    found = [tensor for name, tensor in tensors.items() if name.endswith(TENSOR_SUFFIX)]
+    if len(found) != 1 or not torch.is_floating_point(found[0]):
+        raise ValueError(f"{path} must hold one tensor of floats named ...{TENSOR_SUFFIX}, it holds {sorted(tensors)}")
+    return found[0]

@@ -1,0 +1,156 @@
+"""How many rows to verify: as many as make the most tokens per second on this machine.
+
+Knows seconds by rows and context, and the price of a row. Does not know drafters.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from .storage import write_text
+from .hookspecs import hookimpl
+from .step import Step
+from .tree import Appended, Floats, Ints, TokenTree, cut, stacked_parents
+from .verify import Context, verify
+
+MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+MEASURED_CONTEXTS = (128, 640)
+FORGET = 0.95  # how much of the past counts after each step, in the running tokens per second
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds of one verify forward on one machine, `seconds[context][rows]` at the sizes named."""
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.contexts), len(self.rows))
+        table = np.asarray(self.seconds, float)
+        if table.shape != shape or not len(self.rows) or self.rows[0] != 1:
+            raise ValueError(f"seconds must be {shape} for {shape[0]} contexts and row counts from 1, got {table.shape}")
+        if not (table > 0).all() or not (np.isfinite(table)).all():
+            raise ValueError("seconds must be positive numbers")
+
+    @classmethod
+    def flat(cls, rows: int) -> Budget:
+        """Every forward of up to `rows` rows costs the same: a fixed size, whatever the machine."""
+        if rows < 1:
+            raise ValueError(f"a budget needs at least one row, got {rows}")
+        return cls((1, rows) if rows > 1 else (1,), (0,), ((1.0, 1.0) if rows > 1 else (1.0,),))
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, model: PreTrainedModel, rounds: int = 3) -> Budget:
+        """Time verify forwards of `model` as it is now; sizes interleaved, medians of `rounds` (seconds in all).
+
+        Within a context the seconds are made to rise with the rows, as noise alone can make them fall.
+        """
+        longest = getattr(model.config, "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
+        contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(MEASURED_ROWS) <= longest) or (1,)
+        table = []
+        for context in contexts:
+            times: dict[int, list[float]] = {n: [] for n in MEASURED_ROWS}
+            for n in MEASURED_ROWS[-1:] + MEASURED_ROWS * rounds:
+                times[n].append(_time_forward(model, context, n))
+            warm = [median(times[n][-rounds:]) for n in MEASURED_ROWS]
+            table.append(tuple(np.maximum.accumulate(warm).tolist()))
+        return cls(MEASURED_ROWS, contexts, tuple(table))
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows that one forward may have."""
+        return self.rows[-1]
+
+    def curve(self, context: int) -> Floats:
+        """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`."""
+        at = np.interp(context, self.contexts, np.arange(len(self.contexts)))
+        low, high = self.seconds[int(at)], self.seconds[min(int(at) + 1, len(self.contexts) - 1)]
+        mixed = np.asarray(low) + (at - int(at)) * (np.asarray(high) - np.asarray(low))
+        curve: Floats = np.interp(np.arange(1, self.rows[-1] + 1), self.rows, mixed)
+        return curve
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        write_text(path, json.dumps({"rows": self.rows, "contexts": self.contexts, "seconds": self.seconds}))
+
+    @classmethod
+    def load(cls, path: Path) -> Budget:
+        """Read what `save` wrote. Raises `ValueError` naming the file when it is something else."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(data["rows"]), tuple(data["contexts"]), tuple(map(tuple, data["seconds"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no budget: {error}") from None
+
+
+def _time_forward(model: PreTrainedModel, context: int, rows: int) -> float:
+    """Seconds of one forward of a chain of `rows` below `context` tokens of no meaning."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.arange(context, device=model.device)[None] % model.config.vocab_size
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
+    _wait(model)
+    begin = time.perf_counter()
+    verify(model, cache, Context(torch.ones(context, dtype=torch.bool)), tree, (), {})
+    _wait(model)
+    return time.perf_counter() - begin
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+
+
+class BestRows:
+    """Candidates and appended rows compete row by row for expected tokens per second.
+
+    A candidate earns the chance that its path is accepted, an appended row its gain. The cut maximises
+    (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the long run when steps
+    differ; before any step is known, (expected tokens) / (seconds). That is PPD's dynamic sparse tree
+    (section 4) without its offline tables, for any mix of drafters.
+    """
+
+    @hookimpl(trylast=True)
+    def fit(
+        self, step: Step, tree: TokenTree, appended: Sequence[Appended]
+    ) -> tuple[TokenTree, list[Appended]]:
+        """Take rows in order of what they earn, a parent before its children, while that pays."""
+        values = _capped(stacked_parents(tree, appended), tree, appended)
+        seconds = step.budget.curve(len(step.ids))
+        best = np.argsort(-values, kind="stable")[: len(seconds)]
+        earned, seconds = np.cumsum(values[best]), seconds[: len(best)]
+        rate = self._rate(step)
+        worth = earned / seconds if rate is None else earned - rate * seconds
+        keep = np.sort(best[: int(np.argmax(worth)) + 1])
+        return cut(tree, appended, keep)
+
+    @hookimpl
+    def observe(self, step: Step) -> None:
+        """Keep running sums of tokens and of the budget's own seconds."""
+        tokens, seconds = step.memory.get(self, (0.0, 0.0))
+        spent = float(step.budget.curve(len(step.ids))[step.rows - 1])
+        step.memory[self] = (FORGET * tokens + len(step.path), FORGET * seconds + spent)
+
+    def _rate(self, step: Step) -> float | None:
+        tokens, seconds = step.memory.get(self, (0.0, 0.0))
+        return tokens / seconds if seconds else None
+
+
+def _capped(parents: Ints, tree: TokenTree, appended: Sequence[Appended]) -> Floats:
+    """What each row earns, at most what the row it hangs from earns, so that a cut never orphans a row."""
+    values = np.concatenate([np.exp(tree.log_probs), *(rows.gains for rows in appended)]).tolist()
+    for row, parent in enumerate(parents.tolist()[1:], 1):
+        values[row] = min(values[row], values[parent])
+    return np.asarray(values)

@@ -1,0 +1,68 @@
+"""Keeping the accepted path of a forward in a transformers KV cache, and dropping the other rows.
+
+Knows cache layers. Works on their `keys` and `values`, never with `crop(n)`, whose meaning changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def refuse_cache(cache: object) -> None:
+    """Raise `ValueError` unless every layer of `cache` can lose rows from its middle."""
+    advice = "leave cache_implementation and past_key_values unset, or pass a DynamicCache(config=model.config)"
+    if not isinstance(cache, Cache):
+        raise ValueError(f"a tree needs a KV cache, got {type(cache).__name__}: {advice}")
+    for layer in cache.layers:
+        if type(layer) not in TREE_LAYERS:
+            raise ValueError(f"{type(layer).__name__} cannot take a candidate tree: {advice}")
+    if getattr(cache, "offloading", False):
+        raise ValueError(f"an offloaded KV cache cannot take a candidate tree: {advice}")
+    if isinstance(cache, DynamicCache) and not cache.layers:
+        raise ValueError(f"a DynamicCache without layers does not say how wide its windows are: {advice}")
+
+
+@contextmanager
+def recording(cache: Cache) -> Iterator[None]:
+    """Let sliding layers keep rows that have left their window until `commit` says which rows stay."""
+    sliding: list[Any] = [layer for layer in cache.layers if layer.is_sliding]
+    for layer in sliding:
+        layer.activate_past_recording()
+    try:
+        yield
+    finally:
+        for layer in sliding:
+            layer.record_past = False
+
+
+def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
+    """Of the last `rows` rows keep those in `path`, in that order.
+
+    A layer's tensors were made by the forward that has just run, so they are written in place: rows move up,
+    and the layer keeps a view of what remains.
+    """
+    for layer in cache.layers:
+        start = layer.keys.shape[-2] - rows
+        layer.keys = _kept(layer.keys, start, path)
+        layer.values = _kept(layer.values, start, path)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length -= rows - len(path)
+            layer.crop(0)
+
+
+def _kept(states: Tensor, start: int, path: Sequence[int]) -> Tensor:
+    end = start + len(path)
+    if path[-1] + 1 != len(path):
+        index = torch.tensor(path, device=states.device) + start
+        states[..., start:end, :] = states.index_select(-2, index)
+    return states[..., :end, :]
+

@@ -1,0 +1,75 @@
+"""Is what a drafter returned a candidate tree, or appended rows? If not, who and why.
+
+Knows the rules of the arrays. Does not repair anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+
+from .tree import Appended, TokenTree
+
+
+class MalformedDraft(ValueError):
+    """A drafter returned something that cannot be verified."""
+
+    def __init__(self, drafter: str, fault: str) -> None:
+        super().__init__(f"drafter {drafter!r} returned a malformed draft: {fault}")
+
+
+def check_tree(tree: object, drafter: str, root: int, vocab_size: int) -> TokenTree:
+    """Return `tree`, or raise `MalformedDraft` naming `drafter` and the first fault."""
+    if not isinstance(tree, TokenTree):
+        raise MalformedDraft(drafter, f"expected a TokenTree or None, got {type(tree).__name__}")
+    for fault in chain(_array_faults(tree), _tree_faults(tree, root, vocab_size)):
+        raise MalformedDraft(drafter, fault)
+    return tree
+
+
+def _array_faults(tree: TokenTree) -> Iterator[str]:
+    for name, kind in (("tokens", "i"), ("parents", "i"), ("log_probs", "f"), ("sources", "i")):
+        array = getattr(tree, name)
+        if not isinstance(array, np.ndarray) or array.dtype.kind != kind or array.ndim != 1:
+            yield f"{name} must be a flat array of {'integers' if kind == 'i' else 'floats'}, got {array!r:.60}"
+    sizes = {name: len(getattr(tree, name)) for name in ("tokens", "parents", "log_probs", "sources")}
+    if len(set(sizes.values())) > 1 or not sizes["tokens"]:
+        yield f"arrays of different or no length: {sizes}"
+
+
+def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
+    rows = np.arange(len(tree))
+    if tree.tokens[0] != root or tree.parents[0] != -1:
+        yield f"row 0 must be the root, token {root} with parent -1; got {tree.tokens[0]}, {tree.parents[0]}"
+    if (bad := np.flatnonzero((tree.parents < 0) | (tree.parents >= rows))[1:]).size:
+        yield f"node {bad[0]} has parent {tree.parents[bad[0]]}: a parent must come before its children"
+    if (bad := np.flatnonzero((tree.tokens < 0) | (tree.tokens >= vocab_size))).size:
+        yield f"node {bad[0]} holds token {tree.tokens[bad[0]]}, outside the vocabulary of {vocab_size}"
+    claim = tree.log_probs
+    if (bad := np.flatnonzero(~(claim <= 1e-6))).size:
+        yield f"node {bad[0]} claims log-probability {claim[bad[0]]}: it must be a number of at most 0"
+    if (bad := np.flatnonzero(claim[1:] > claim[tree.parents[1:]] + 1e-6)).size:
+        yield f"node {bad[0] + 1} claims more than its parent: log_probs are those of the whole path"
+    if len(np.unique(tree.parents * vocab_size + tree.tokens)) < len(tree):
+        yield "two children of one node hold the same token"
+
+
+def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
+    """Return `appended`, or raise `MalformedDraft` naming `drafter` and the fault."""
+    if not isinstance(appended, Appended):
+        raise MalformedDraft(drafter, f"append must return Appended or None, got {type(appended).__name__}")
+    rows, size = np.arange(len(appended)), len(tree)
+    sizes = {len(appended.kinds), len(appended.parents), len(appended.nodes), len(appended.gains)}
+    if len(sizes) > 1:
+        raise MalformedDraft(drafter, f"appended arrays of different lengths: {sorted(sizes)}")
+    if ((appended.parents < 0) | (appended.parents >= size + rows)).any():
+        raise MalformedDraft(drafter, "an appended row must hang from a tree node or an earlier appended row")
+    if ((appended.nodes < 0) | (appended.nodes >= size)).any():
+        raise MalformedDraft(drafter, "an appended row names a node that the tree does not have")
+    if ((appended.kinds < 0) | (appended.kinds >= len(appended.embeddings))).any():
+        raise MalformedDraft(drafter, f"kinds must index the {len(appended.embeddings)} embeddings")
+    if not (appended.gains >= 0).all():
+        raise MalformedDraft(drafter, "gains must be numbers of at least 0")
+    return appended

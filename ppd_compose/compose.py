@@ -1,0 +1,78 @@
+"""`compose(base, *drafters)`: a model of the base's own class that decodes with the drafters.
+
+Knows how two models share weights. How the result generates is `generation`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .accept import MatchPicks
+from .budget import BestRows, Budget
+from .generation import Composed
+from .hookspecs import hookimpl
+from .mask import refuse_attention
+from .plugins import Plugins
+from .refuse import refuse_base
+from .stats import Stats
+from .tree import TokenTree, union
+
+
+def compose(
+    base: PreTrainedModel,
+    *drafters: Any,
+    budget: Budget | int | None = None,
+    plugins: Sequence[Any] = (),
+) -> Any:
+    """Return a model that generates the tokens of `base`, several in one forward.
+
+    Args:
+        base: any decoder-only model with full or sliding-window attention, in sdpa or eager. Never modified.
+        drafters: objects that guess the next tokens, such as `PromptTokens`; none decodes plainly.
+        budget: how many rows one forward may verify: measured on this machine when None (seconds, once, at the
+            first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
+        plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
+
+    Returns:
+        An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
+
+    Raises:
+        TypeError: `base` is no transformers model, or an object implements no or an unknown hook.
+        ValueError: the base cannot verify a candidate tree, or a drafter was made for another base.
+    """
+    refuse_base(base)
+    refuse_attention(base)
+    loaded = Plugins(drafters, [*plugins, _Merge(), MatchPicks(), BestRows()])
+    loaded.hook.prepare(model=base)
+    model = _sharing(base)
+    model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
+    model.budget = Budget.flat(budget) if isinstance(budget, int) else budget
+    return model
+
+
+def _sharing(base: PreTrainedModel) -> Any:
+    """A second model object over the same parameters and submodules.
+
+    Its own dictionaries, so that nothing set on it reaches the base; its own generation config for the same
+    reason. The class keeps the base's name, which transformers writes into and reads from configurations.
+    """
+    kind = type(base)
+    model = object.__new__(type(kind.__name__, (Composed, kind), {"__module__": kind.__module__}))
+    own = {name: copy.copy(value) if type(value) in (dict, set, list) else value for name, value in vars(base).items()}
+    own.pop("generate", None)  # a model loaded with custom_generate carries one bound to the base
+    model.__dict__.update(own)
+    model.generation_config = copy.deepcopy(base.generation_config)
+    return model
+
+
+class _Merge:
+    """Union by path, the default."""
+
+    @hookimpl(trylast=True)
+    def merge(self, trees: Sequence[TokenTree]) -> TokenTree:
+        """Every path of every drafter once."""
+        return union(trees)

@@ -1,0 +1,204 @@
+"""The decoding loop: propose, merge, extend, append, fit, verify, accept, commit, observe.
+
+Knows the order of a step and the invariant that `ids[-1]` is decided but never in the KV cache. Does not know any
+drafter, nor how `generate` prepared its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .accept import Picker
+from .budget import Budget
+from .cache import commit
+from .check import check_appended, check_tree
+from .plugins import Plugins
+from .stats import Stats
+from .step import Answer, Step
+from .tree import Appended, TokenTree, ancestors, shallow
+from .verify import Context, Verified, verify
+
+
+@dataclass
+class Request:
+    """One sequence to decode, as `generate` prepared it.
+
+    `cache` holds the first `cached` tokens already; `visible` bool `[cached + tokens]` is False for padding.
+    """
+
+    ids: Tensor  # [1, tokens] int64
+    cache: Cache
+    visible: Tensor
+    cached: int
+    picker: Picker
+    criteria: StoppingCriteriaList
+    streamer: BaseStreamer | None
+    chunk: int | None  # tokens of one prefill forward
+    budget: Budget
+    room: int  # tokens that may be generated
+
+
+class Decoding:
+    """The decoding of one request: a prefill, then steps until a stopping criterion holds."""
+
+    def __init__(self, model: PreTrainedModel, plugins: Plugins, stats: Stats, request: Request) -> None:
+        self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
+        self.hook = plugins.hook
+        self.kwargs = plugins.forward_kwargs(model)
+        self.proposers = plugins.each_drafter("propose")
+        self.extenders = plugins.each_drafter("extend")
+        self.appenders = plugins.each_drafter("append")
+        self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
+        self.sequence = Growing(request.ids)
+        vocab = model.config.get_text_config().vocab_size
+        self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room)
+        self.context = Context(request.visible[:-1].cpu())
+        self._last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self.done = False
+
+    def run(self) -> Tensor:
+        """Decode and return the sequence `[1, length]`, on the device of the prompt."""
+        with self.stats.stage("prefill"):
+            self.prefill()
+        self.hook.start(step=self.step, model=self.model)
+        while not self.done:
+            self.advance()
+        return self.sequence.all()
+
+    def prefill(self) -> None:
+        """Bring all but the last token into the cache, in chunks where asked for."""
+        request, start = self.request, self.request.cached
+        new = request.ids[:, -(len(request.visible) - start) : -1].to(self.model.device)
+        positions = (request.visible.cumsum(0) - 1).clamp(min=0)[None].to(self.model.device)
+        for chunk in new.split(request.chunk or new.shape[1], dim=1) if new.shape[1] else ():
+            end = start + chunk.shape[1]
+            seen = request.visible[:end]
+            self.model(
+                input_ids=chunk,
+                attention_mask=None if bool(seen.all()) else seen[None].long().to(self.model.device),
+                position_ids=positions[:, start:end],
+                past_key_values=request.cache,
+                use_cache=True,
+                **self._last_logits,
+            )
+            start = end
+
+    def advance(self) -> None:
+        """One step: draft, one forward, accept, commit."""
+        tree = self.draft()
+        tree, appended = self.fit(tree)
+        with self.stats.stage("verify"):
+            verified = verify(self.model, self.request.cache, self.context, tree, list(appended.values()), self.kwargs)
+        with self.stats.stage("accept"):
+            path = self.accept(tree, verified)
+        with self.stats.stage("commit"):
+            self.commit(tree, appended, verified, path)
+        with self.stats.stage("observe"):
+            self.stats.count(self.step)
+            self.hook.observe(step=self.step)
+
+    def draft(self) -> TokenTree:
+        """What all drafters propose, merged into one tree, and extended."""
+        step, root = self.step, self.step.ids[-1]
+        trees = [TokenTree.chain(root)]
+        for name, _, propose in self.proposers:
+            with self.stats.stage(f"propose {name}"):
+                trees += self._checked(name, propose(step=step))
+        with self.stats.stage("merge"):
+            tree: TokenTree = self.hook.merge(step=step, trees=trees)
+        grown = [tree]
+        for name, _, extend in self.extenders:
+            with self.stats.stage(f"extend {name}"):
+                grown += self._checked(name, extend(step=step, tree=tree))
+        if len(grown) > 1:
+            tree = self.hook.merge(step=step, trees=grown)
+        return tree
+
+    def _checked(self, name: str, trees: Sequence[TokenTree]) -> list[TokenTree]:
+        root, vocab = self.step.ids[-1], self.step.vocab_size
+        return [check_tree(tree, name, root, vocab).marked(self.bits[name]) for tree in trees]
+
+    def fit(self, tree: TokenTree) -> tuple[TokenTree, dict[Any, Appended]]:
+        """Ask for appended rows, and cut tree and rows to the budget."""
+        appended: dict[Any, Appended] = {}
+        for name, drafter, append in self.appenders:
+            with self.stats.stage(f"append {name}"):
+                for rows in append(step=self.step, tree=tree):
+                    appended[drafter] = check_appended(rows, name, tree)
+        with self.stats.stage("fit"):
+            # A row deeper than the room left can never be used, and may lie beyond the model's last position.
+            tree, rows = shallow(tree, list(appended.values()), self.step.room - 1)
+            tree, cut = self.hook.fit(step=self.step, tree=tree, appended=rows)
+        return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
+
+    def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
+        """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""
+        see = ancestors(tree.parents)
+        start = self.sequence.length
+        pick = self.request.picker.over(verified.logits, lambda node: self._prefix(tree, see, start, node))
+        path = []
+        for node, token in self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick):
+            path.append(node)
+            self.step.ids.append(token)
+            self.sequence.append(token)
+            if self.request.streamer is not None:
+                self.request.streamer.put(torch.tensor([token]))
+            scores = tuple(self.request.picker.scores) or None
+            if bool(self.request.criteria(self.sequence.all(), scores).all()):
+                self.done = True
+                break
+        return path
+
+    def _prefix(self, tree: TokenTree, see: Any, start: int, node: int) -> Tensor:
+        """The sequence `[1, length]` up to `node`."""
+        tokens = torch.from_numpy(tree.tokens[see[node]][1:])
+        return torch.cat([self.sequence.first(start), tokens[None].to(self.request.ids.device)], dim=1)
+
+    def commit(
+        self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified, path: list[int]
+    ) -> None:
+        """Keep the path's rows in the cache, and hand the plugins what the forward told."""
+        step, rows = self.step, len(tree) + sum(map(len, appended.values()))
+        commit(self.request.cache, rows, path)
+        self.context = self.context.grown(len(path))
+        step.index, step.tree, step.path, step.rows = step.index + 1, tree, path, rows
+        step.room -= len(path)
+        step.answers = {
+            drafter: _below(path[-1], block, logits)
+            for (drafter, block), logits in zip(appended.items(), verified.appended, strict=True)
+        }
+        if verified.hidden_states is not None:
+            step.hidden_states = tuple(s if s is None else s[path] for s in verified.hidden_states)
+
+
+def _below(node: int, rows: Appended, logits: Tensor) -> Answer:
+    """The logits of the rows that hang from `node`."""
+    mine = rows.nodes == node
+    return Answer(rows.kinds[mine], logits[torch.from_numpy(mine).to(logits.device)])
+
+
+class Growing:
+    """A sequence `[1, length]` int64 that grows by one token at a time without being copied at each."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.length = ids.shape[1]
+        self.buffer = torch.cat([ids, ids.new_zeros(1, max(64, self.length))], dim=1)
+
+    def append(self, token: int) -> None:
+        if self.length == self.buffer.shape[1]:
+            self.buffer = torch.cat([self.buffer, torch.zeros_like(self.buffer)], dim=1)
+        self.buffer[0, self.length] = token
+        self.length += 1
+
+    def first(self, length: int) -> Tensor:
+        return self.buffer[:, :length]
+
+    def all(self) -> Tensor:
+        return self.first(self.length)

@@ -1,0 +1,108 @@
+"""The loss that teaches prompt tokens: the model's own distribution, at many insertion points of a sequence at once.
+
+Knows the block mask, the rows and the divergence. Does not know files, optimisers or progress bars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from .mask import attention_mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences `ids` `[batch, length]` int64, padded at the right, and where prompt tokens are inserted.
+
+    `points` `[batch, count]` int64: a group of prompt tokens stands after each of these positions; -1 is padding.
+    """
+
+    ids: Tensor
+    points: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.points.to(device))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one batch gave: the loss, and per distance how often the guess was the model's own token."""
+
+    loss: Tensor  # scalar
+    log_probs: Tensor  # [kept points, n, vocab] float32, of the prompt tokens
+    truth: Tensor  # [kept points, n] int64, the tokens that the sequences hold there
+
+
+class PromptRows(nn.Module):
+    """`n` prompt tokens of `v` embeddings each, trained through a frozen model.
+
+    The only parameter is `embeddings` `[n, v, hidden]` float32. The base is no submodule, so that neither a
+    checkpoint nor an optimiser takes it up.
+    """
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(embeddings.detach().clone().float())
+
+    def forward(self, base: PreTrainedModel, batch: Batch, decay: float) -> Taught:
+        """Sum over distances of `decay ** distance` times KL(model || prompt token) (PPD, equation 1)."""
+        n = self.embeddings.shape[0]
+        at = batch.points.clamp(min=0)[..., None] + 1 + torch.arange(n, device=batch.points.device)
+        cache, teacher = _context(base, batch.ids, at)
+        student = _prompt_log_probs(base, cache, self.embeddings, batch)
+        kept = batch.points >= 0
+        log_probs, target = student[kept], teacher[kept].float().log_softmax(-1)
+        divergence = nn.functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1).mean(0)
+        loss = (divergence * decay ** torch.arange(n, device=divergence.device)).sum() / n
+        sequence = torch.arange(len(at), device=at.device)[:, None, None].expand_as(at)
+        return Taught(loss, log_probs.detach(), batch.ids[sequence, at + 1][kept])
+
+
+@torch.no_grad()
+def _context(base: PreTrainedModel, ids: Tensor, at: Tensor) -> tuple[DynamicCache, Tensor]:
+    """The keys and values of the sequences, and the model's own logits at positions `at` `[batch, count, n]`.
+
+    Padding stands at the right, where a causal mask hides it from every position that is used.
+    """
+    keep, where = at.unique(return_inverse=True)
+    cache = DynamicCache(config=base.config)
+    logits = base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    sequence = torch.arange(len(ids), device=ids.device)[:, None, None].expand_as(at)
+    return cache, logits[sequence, where]
+
+
+def _prompt_log_probs(base: PreTrainedModel, cache: DynamicCache, embeddings: Tensor, batch: Batch) -> Tensor:
+    """Log-probabilities `[batch, count, n, vocab]` float32, averaged over each prompt token's embeddings."""
+    (n, v, hidden), (size, count) = embeddings.shape, batch.points.shape
+    see = insertion_mask(batch.points, batch.ids.shape[1], n, v)
+    positions = batch.points.clamp(min=0)[..., None, None] + 1 + torch.arange(n, device=see.device)[:, None]
+    rows = embeddings.to(base.dtype).expand(size, count, n, v, hidden).reshape(size, -1, hidden)
+    extra: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    logits = base(
+        inputs_embeds=rows,
+        attention_mask=attention_mask(base, see[:, None]),
+        position_ids=positions.expand(size, count, n, v).reshape(size, -1),
+        **extra,
+    ).logits
+    each = logits.float().log_softmax(-1).view(size, count, n, v, -1)
+    return each.logsumexp(3) - torch.tensor(float(v)).log()
+
+
+def insertion_mask(points: Tensor, length: int, n: int, v: int) -> Tensor:
+    """Who sees whom: bool `[batch, rows, length + rows]` with `rows = count * n * v`, point-major, then token.
+
+    A row sees the sequence up to its point, and of its own group the same embedding of the tokens up to its
+    own: the ensemble mask (PPD, section 3.2).
+    """
+    size, count = points.shape
+    context = torch.arange(length, device=points.device) <= points[..., None]
+    context = context.repeat_interleave(n * v, dim=1)
+    token = torch.arange(n, device=points.device)
+    ensemble = torch.kron((token[:, None] >= token).float(), torch.eye(v, device=points.device))
+    own = torch.kron(torch.eye(count, device=points.device), ensemble).bool()
+    return torch.cat([context, own.expand(size, -1, -1)], dim=-1)

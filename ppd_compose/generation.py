@@ -1,0 +1,178 @@
+"""`generate` of a composed model: transformers prepares, the loop decodes.
+
+Knows what transformers hands to a custom loop and what it drops on the way. Does not know what a step is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .accept import Picker
+from .budget import Budget
+from .cache import recording
+from .decode import Decoding, Request
+from .measured import measured_budget
+from .plugins import Plugins
+from .refuse import refuse_arguments, refuse_request
+from .stats import Stats
+
+
+class Composed:
+    """What `compose` adds to the base's class."""
+
+    plugins: Plugins
+    budget: Budget | None
+    stats: Stats
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate as the base's own `generate`, which see: the same arguments and the same tokens.
+
+        Args:
+            generator: source of the draws of sampling; None takes torch's global one, as `generate` does.
+
+        Raises:
+            ValueError: something that a candidate tree cannot honour, before any forward, and what to use instead.
+        """
+        try:
+            refuse_arguments(kwargs)
+            return super().generate(  # type: ignore[misc,no-any-return]
+                inputs,
+                generation_config,
+                logits_processor,
+                _Criteria(stopping_criteria or [], tokenizer),
+                prefix_allowed_tokens_fn,
+                custom_generate=_loop(streamer, generator),
+                **kwargs,
+            )
+        finally:
+            if streamer is not None:
+                streamer.end()
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None
+    ) -> StoppingCriteriaList:
+        # On its way to a custom loop transformers drops the tokenizer that stop strings need.
+        return super()._get_stopping_criteria(  # type: ignore[misc,no-any-return]
+            generation_config, stopping_criteria, stopping_criteria.tokenizer or tokenizer
+        )
+
+
+class _Criteria(StoppingCriteriaList):  # type: ignore[misc]
+    """The user's stopping criteria, and the tokenizer for stop strings."""
+
+    def __init__(self, criteria: Any, tokenizer: Any) -> None:
+        super().__init__(criteria)
+        self.tokenizer = tokenizer
+
+
+def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> Callable[..., Any]:
+    """The callable that `generate(custom_generate=...)` calls with all that it has prepared."""
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        refuse_request(model, input_ids, logits_processor, generation_config, model_kwargs)
+        picker = _picker(logits_processor, generation_config, generator)
+        request = _request(model, input_ids, picker, stopping_criteria, streamer, generation_config, model_kwargs)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        model.stats = Stats(tuple(model.plugins.drafters))
+        with recording(request.cache):
+            sequences = Decoding(model, model.plugins, model.stats, request).run()
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return _output(sequences, picker, request, generation_config)
+
+    return decode
+
+
+def _picker(
+    processors: LogitsProcessorList, config: GenerationConfig, generator: torch.Generator | None
+) -> Picker:
+    keep = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    return Picker(processors, bool(config.do_sample), generator, bool(keep))
+
+
+def _request(
+    model: Any,
+    input_ids: Tensor,
+    picker: Picker,
+    criteria: StoppingCriteriaList,
+    streamer: BaseStreamer | None,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Request:
+    """Bring together what `generate` prepared; the budget is measured here, the first time."""
+    if model.budget is None:
+        model.budget = measured_budget(model)
+    visible = visible_columns(input_ids, config, model_kwargs)
+    cache = model_kwargs["past_key_values"]
+    return Request(
+        ids=input_ids,
+        cache=cache,
+        visible=visible,
+        cached=int(cache.get_seq_length()),
+        picker=picker,
+        criteria=criteria,
+        streamer=streamer,
+        chunk=config.prefill_chunk_size,
+        budget=model.budget,
+        room=room(model, input_ids, len(visible), config),
+    )
+
+
+def visible_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Tensor:
+    """Bool `[cached + new tokens]` on the host, False for padding.
+
+    `generate` drops a mask of ones and keeps its length. With a filled cache, `input_ids` may be the whole
+    sequence or the new tokens alone; the mask always covers the whole.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask[0].bool().cpu()
+    return torch.ones(getattr(config, "_mask_length", input_ids.shape[1]), dtype=torch.bool)
+
+
+def room(model: PreTrainedModel, input_ids: Tensor, columns: int, config: GenerationConfig) -> int:
+    """Tokens that may be generated: up to `max_length`, and to the last position that the model has."""
+    limits = [] if config.max_length is None else [config.max_length - input_ids.shape[1]]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        limits.append(positions - columns + 1)
+    return min(limits) if limits else columns + 2**31
+
+
+def _output(
+    sequences: Tensor, picker: Picker, request: Request, config: GenerationConfig
+) -> GenerateDecoderOnlyOutput:
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=tuple(picker.scores) if config.output_scores else None,
+        logits=tuple(picker.logits) if config.output_logits else None,
+        past_key_values=request.cache,
+    )

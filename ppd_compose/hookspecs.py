@@ -1,0 +1,88 @@
+"""Every place where a plugin can take part in a decoding step, in the order in which they are called.
+
+A plugin is any object with methods marked `@hookimpl`; each method names the arguments that it wants.
+What a plugin remembers about a sequence belongs into `step.memory[self]`: one plugin may serve several sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pluggy import HookimplMarker, HookspecMarker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from .step import Step
+    from .tree import Appended, TokenTree
+
+PROJECT = "ppd_compose"
+hookspec = HookspecMarker(PROJECT)
+hookimpl = HookimplMarker(PROJECT)
+
+
+@hookspec
+def prepare(model: PreTrainedModel) -> None:
+    """Called by `compose`: raise `ValueError` when you cannot take part with `model`, saying why."""
+
+
+@hookspec
+def forward_kwargs(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return keyword arguments that `model`'s forward needs, such as `{"output_hidden_states": True}`.
+
+    Called once a generation. Two plugins that want different values for one keyword are an error.
+    """
+
+
+@hookspec
+def start(step: Step, model: PreTrainedModel) -> None:
+    """A sequence begins: its prompt is in the KV cache, all but the last token, and `step.memory` is empty."""
+
+
+@hookspec
+def propose(step: Step) -> TokenTree | None:
+    """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step."""
+
+
+@hookspec(firstresult=True)
+def merge(step: Step, trees: Sequence[TokenTree]) -> TokenTree | None:
+    """Return the one tree that stands for `trees`, of which the first is the bare root."""
+
+
+@hookspec
+def extend(step: Step, tree: TokenTree) -> TokenTree | None:
+    """Return a tree with the same root whose paths continue those of the merged `tree`, or None."""
+
+
+@hookspec
+def append(step: Step, tree: TokenTree) -> Appended | None:
+    """Return rows that ride along in the verify forward and are never accepted, or None.
+
+    The logits of those below the last accepted node come back as `step.answers[self]` in the next step.
+    """
+
+
+@hookspec(firstresult=True)
+def fit(
+    step: Step, tree: TokenTree, appended: Sequence[Appended]
+) -> tuple[TokenTree, Sequence[Appended]] | None:
+    """Return the tree and the appended rows, in the order given, cut to what the budget pays for."""
+
+
+@hookspec(firstresult=True)
+def accept(
+    step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], int]
+) -> Iterable[tuple[int, int]] | None:
+    """Return the accepted path, root first: pairs of a node and the token that follows it.
+
+    `logits` `[nodes, vocab]` are the model's, unprocessed. `pick(node)` is the model's own choice after `node`:
+    every logits processor applied with that node's prefix, then argmax or one draw. It may be asked once a
+    node. The pairs are consumed one by one and dropped when generation stops, so yielding them is best.
+    """
+
+
+@hookspec
+def observe(step: Step) -> None:
+    """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses."""

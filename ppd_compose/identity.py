@@ -1,0 +1,46 @@
+"""What tells one base model from another: the shapes, and a fingerprint of the input embedding.
+
+Knows nothing of adapters; they store an `Identity` and compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+FINGERPRINT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The base that a set of prompt tokens was trained for."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    fingerprint: str
+    embedding: str = "model.embed_tokens"  # where the base keeps its input embedding
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Identity:
+        """Read the identity off `model`'s input embedding."""
+        module = model.get_input_embeddings()
+        path = next(name for name, found in model.named_modules() if found is module)
+        weight, name = module.weight, str(model.config.name_or_path)
+        if Path(name).is_dir():
+            name = Path(name).name  # a folder of one machine tells nobody else anything
+        return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed base'} (hidden {self.hidden_size}, vocabulary {self.vocab_size})"
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """Hash 256 evenly spaced rows of `weight` `[vocab, hidden]` in bfloat16: float32 and bfloat16 loads agree."""
+    rows = torch.linspace(0, weight.shape[0] - 1, FINGERPRINT_ROWS).long().to(weight.device)
+    sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
+    return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Attention masks in the form that a model's attention implementation takes.
+
+Knows what sdpa and eager want, and windows. Does not know trees: it is told who sees whom.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def attention_mask(model: PreTrainedModel, see: Tensor) -> Tensor:
+    """Turn `see`, bool `[batch, 1, rows, columns]`, into what `model` takes as a 4D mask.
+
+    sdpa takes it as it is; eager adds it to the scores and would read a bool as 0 and 1.
+    """
+    if model.config._attn_implementation == "sdpa":
+        return see
+    hidden = torch.finfo(model.dtype).min
+    return torch.zeros(see.shape, dtype=model.dtype, device=see.device).masked_fill(~see, hidden)
+
+
+def refuse_attention(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for an attention implementation that takes no tree mask."""
+    given = model.config._attn_implementation
+    if given not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={given!r} takes no tree mask: load the base with "
+            f'attn_implementation="sdpa" (or "eager")'
+        )
+
+
+def layered_mask(
+    model: PreTrainedModel, cache: Cache, see: Tensor, positions: Tensor, columns: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The mask of one forward for every kind of layer that `cache` has.
+
+    Args:
+        see: bool `[batch, rows, columns]`, without any window.
+        positions: int64 `[batch, rows]`, the position of each row.
+        columns: int64 `[batch, columns]`, the position of each cached or new column.
+    """
+    windows = {layer.sliding_window if layer.is_sliding else None for layer in cache.layers}
+    made = {
+        "full_attention" if window is None else "sliding_attention": attention_mask(
+            model, _within(see, positions, columns, window)[:, None]
+        )
+        for window in windows
+    }
+    return made if len(made) > 1 else next(iter(made.values()))
+
+
+def _within(see: Tensor, positions: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Cut `see` to a sliding window: such a layer holds the last `window - 1` cached columns and the new ones."""
+    if window is None:
+        return see
+    near = positions[:, :, None] - columns[:, None] < window
+    held = min(columns.shape[1] - positions.shape[1], window - 1) + positions.shape[1]
+    return (see & near)[..., -held:]

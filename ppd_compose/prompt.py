@@ -1,0 +1,143 @@
+"""Parallel Prompt Decoding (arXiv 2405.18628): trained prompt tokens below a node guess the tokens after it.
+
+Knows prompt tokens, their ensembles and what they are worth. Does not know how they were trained or stored.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .hookspecs import hookimpl
+from .identity import Identity
+from .step import Answer, Step
+from .tree import Appended, Floats, TokenTree
+
+WIDTH = 10  # guesses taken from each distance
+TYPICAL_NODES = 12  # candidates assumed when a prompt token's worth is estimated
+
+
+class PromptTokens:
+    """Drafter: `n` prompt tokens of `v` embeddings each (ensemble prompt tokens, EPTs; PPD section 3.2).
+
+    Prompt token i below a node stands where the i-th next token would stand and guesses the one after it. The
+    distributions of its `v` embeddings are averaged.
+
+    Args:
+        embeddings: `[n, v, hidden]`, in the base's space after its embedding layer.
+        accuracy: `[n][rank]`, how often the guess of that rank was right on held-out replies. It decides how
+            many prompt tokens are worth their rows.
+        identity: the base that the embeddings were trained for, checked by `compose`.
+
+    Raises:
+        ValueError: no embeddings, not finite, or accuracies of another shape or outside 0 to 1.
+    """
+
+    name = "ppd"
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        accuracy: Sequence[Sequence[float]] | None = None,
+        identity: Identity | None = None,
+    ) -> None:
+        if embeddings.ndim != 3 or 0 in embeddings.shape:
+            raise ValueError(f"prompt tokens must be [n, v, hidden] with n, v >= 1, got {tuple(embeddings.shape)}")
+        if not torch.isfinite(embeddings).all():
+            raise ValueError("prompt tokens hold NaN or infinite values: the file is damaged or training diverged")
+        self.embeddings = embeddings.detach()
+        self.identity = identity
+        n = embeddings.shape[0]
+        self.accuracy = np.asarray(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)])
+        if self.accuracy.ndim != 2 or len(self.accuracy) != n or not (abs(self.accuracy - 0.5) <= 0.5).all():
+            raise ValueError(f"accuracy must be {n} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self.gains = marginal_gains(self.accuracy, TYPICAL_NODES)
+
+    @hookimpl
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuse a base of another width; warn when only its weights differ from those trained on."""
+        base = Identity.of(model)
+        if base.hidden_size != self.embeddings.shape[2]:
+            trained = self.identity or f"a base of hidden size {self.embeddings.shape[2]}"
+            raise ValueError(f"these prompt tokens were trained for {trained}; they cannot be used on {base}")
+        if self.identity is None:
+            return
+        if base.vocab_size != self.identity.vocab_size:
+            raise ValueError(f"these prompt tokens were trained for {self.identity}; they cannot be used on {base}")
+        if base.fingerprint != self.identity.fingerprint:
+            warnings.warn(
+                f"these prompt tokens were trained for {self.identity}; {base} has the same shapes but other weights "
+                "(a quantised copy, a fine-tune): the tokens stay the same, but fewer guesses may be right",
+                stacklevel=2,
+            )
+
+    @hookimpl
+    def start(self, step: Step, model: PreTrainedModel) -> None:
+        """Bring the embeddings to the model's device and dtype once a sequence."""
+        weight = model.get_input_embeddings().weight
+        step.memory[self] = self.embeddings.flatten(0, 1).to(weight)
+
+    @hookimpl
+    def propose(self, step: Step) -> TokenTree | None:
+        """The likeliest paths, every distance guessed on its own."""
+        answer = step.answers.get(self)
+        if answer is None or not len(answer.kinds):
+            return None
+        log_probs, tokens = self._guesses(answer)
+        return TokenTree.product(step.ids[-1], tokens.tolist(), log_probs.tolist(), step.budget.max_rows)
+
+    @hookimpl
+    def append(self, step: Step, tree: TokenTree) -> Appended:
+        """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
+        (n, v, _), nodes = self.embeddings.shape, len(tree)
+        rows = np.arange(nodes * n * v).reshape(nodes, n, v)
+        parents = nodes + rows - v
+        parents[:, 0] = np.arange(nodes)[:, None]
+        gains = tree.stop_chances()[:, None, None] * (self.gains / v)[:, None]
+        return Appended(
+            step.memory[self],
+            np.tile(np.arange(n * v), nodes),
+            parents.ravel(),
+            np.repeat(np.arange(nodes), n * v),
+            np.broadcast_to(gains, rows.shape).ravel(),
+        )
+
+    def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
+        # A row's parent stands before it, so the rows that the budget left make up the first distances.
+        distance = answer.kinds // self.embeddings.shape[1]
+        log_probs, tokens = [], []
+        for i in range(int(distance.max()) + 1):
+            logits = answer.logits[torch.from_numpy(distance == i).to(answer.logits.device)].float()
+            top, best = self._average(logits)
+            log_probs.append(top)
+            tokens.append(best)
+        return torch.stack(log_probs), torch.stack(tokens)
+
+    @staticmethod
+    def _average(logits: Tensor) -> tuple[Tensor, Tensor]:
+        if len(logits) == 1:
+            top, best = logits[0].topk(min(WIDTH, logits.shape[-1]))
+            return top - logits[0].logsumexp(-1), best
+        mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+        top, best = mean.topk(min(WIDTH, len(mean)))
+        return top, best
+
+
+def marginal_gains(accuracy: Floats, nodes: int) -> Floats:
+    """f(k) - f(k - 1) for k = 1 ... n `[n]`, where f(k) is what the best tree of `nodes` candidates is expected to
+    yield from k distances, each guessed on its own (PPD section 4, the price of removing a prompt token)."""
+    claims = np.log(np.clip(accuracy, 1e-6, 1.0)).tolist()
+    ranks = [list(range(len(row))) for row in claims]
+    expected = [
+        float(np.exp(TokenTree.product(0, ranks[:k], claims[:k], nodes + 1).log_probs[1:]).sum())
+        for k in range(1, len(claims) + 1)
+    ]
+    gains: Floats = np.maximum(np.diff([0.0, *expected]), 0.0)
+    return gains

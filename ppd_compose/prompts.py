@@ -1,0 +1,61 @@
+"""Prompts from a file, and the token ids that the model gets for them.
+
+Knows JSON lines and chat templates. Does not know models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The turns of one user (the first is what is asked), and the category it is reported under."""
+
+    turns: tuple[str, ...]
+    category: str = "all"
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read JSON lines: `{"prompt": str}` or `{"turns": [str, ...]}`, each with an optional `"category"`.
+
+    Raises `FileNotFoundError`, or `ValueError` naming the line that cannot be read; an empty file too.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = [_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f'{path} holds no prompts: write one JSON object a line, such as {{"prompt": "Hello"}}')
+    return prompts
+
+
+def _read_line(path: Path, number: int, line: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+    turns = _turns(record)
+    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f'{path}, line {number}: needs "prompt" (text) or "turns" (texts), got {line[:60]!r}')
+    return Prompt(tuple(turns), str(record.get("category", "all")))
+
+
+def _turns(record: Any) -> list[Any]:
+    if not isinstance(record, dict):
+        return []
+    turns = record.get("turns", [record.get("prompt")])
+    return turns if isinstance(turns, list) else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of `text` as one user turn, in the tokenizer's chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text)["input_ids"])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(chat, add_special_tokens=False)["input_ids"])

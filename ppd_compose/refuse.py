@@ -1,0 +1,112 @@
+"""What a composed model cannot honour, refused before any forward with the way out.
+
+Knows transformers' generation arguments. Does not decode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from .cache import refuse_cache
+
+STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+BASE = "use the base model's own generate for it"
+
+
+def refuse_base(base: object) -> None:
+    """Raise `TypeError` or `ValueError` for a base that cannot be composed."""
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"compose needs a transformers model, got {type(base).__name__}; "
+            "of a PeftModel pass get_base_model(), of another wrapper the model inside"
+        )
+    if not base.can_generate():
+        raise ValueError(f"{type(base).__name__} does not generate: load it with AutoModelForCausalLM")
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can verify a tree")
+    if getattr(base.config.get_text_config(), "alibi", False):
+        raise ValueError(f"{type(base).__name__} uses ALiBi, which takes no tree mask: no composition is possible")
+
+
+def refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for keyword arguments of `generate` that have no meaning for a candidate tree."""
+    if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+        raise ValueError("a composed model drafts itself: pass the other drafter to compose() instead")
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError(f"custom_generate replaces the loop that a composed model is: {BASE}")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
+    if kwargs.get("position_ids") is not None:
+        raise ValueError("position_ids follow from attention_mask here: pass that instead")
+    if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
+        raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError(f"continuous batching has its own loop: {BASE}")
+    for name in ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus"):
+        kwargs.pop(name, None)
+
+
+def refuse_request(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raise `ValueError` for what shows only once `generate` has prepared everything."""
+    _refuse_mode(config)
+    if config.use_cache is False:
+        raise ValueError(f"use_cache=False leaves nothing to verify a tree against: leave it unset, or {BASE}")
+    _refuse_input(model, input_ids, config, model_kwargs)
+    refuse_cache(model_kwargs.get("past_key_values"))
+    for processor in processors:
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise ValueError(f"{type(processor).__name__} keeps state from token to token: {BASE}")
+    if unknown := sorted(name for name, value in model_kwargs.items() if name not in PREPARED and value is not None):
+        raise ValueError(f"a composed model does not pass {', '.join(unknown)} to the forward: {BASE}")
+
+
+def _refuse_mode(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"{mode.value.replace('_', ' ')} has no exact form over a tree, only greedy search and "
+                         f"sampling have: {BASE}")
+    if config.output_attentions or config.output_hidden_states:
+        raise ValueError(f"output_attentions and output_hidden_states are not collected over a tree: {BASE}")
+
+
+def _refuse_input(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"got {input_ids.shape[0]} sequences (num_return_sequences counts): one sequence per call for now, "
+            "so call generate in a loop, or use the base model's own generate for a batch"
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token_id")
+    cached, new = _lengths(input_ids, config, model_kwargs)
+    if not 0 < new <= input_ids.shape[1]:
+        raise ValueError(
+            f"past_key_values holds {cached} tokens, the prompt {input_ids.shape[1]}: pass the whole sequence with at "
+            "least one token that is not cached, or the new tokens with an attention_mask for the whole sequence"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and cached + new > positions:
+        raise ValueError(f"the prompt has {cached + new} tokens, {type(model).__name__} takes {positions}: shorten it")
+
+
+def _lengths(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[int, int]:
+    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    whole = getattr(config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return cached, whole - cached

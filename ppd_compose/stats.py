@@ -1,0 +1,82 @@
+"""What a generation did: forwards, rows, tokens, acceptance by drafter and depth, seconds by stage.
+
+Knows how to count. Does not influence decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .step import Step
+from .tree import row_depths
+
+
+@dataclass
+class Stats:
+    """Counts of one call of `generate`. Depth 1 is the first guessed token."""
+
+    drafters: tuple[str, ...] = ()
+    forwards: int = 0  # verify forwards; the prefill is not among them
+    tokens: int = 0
+    rows: int = 0  # of all verify forwards, appended rows included
+    candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(self.forwards, 1)
+
+    @property
+    def rows_per_forward(self) -> float:
+        return self.rows / max(self.forwards, 1)
+
+    @property
+    def host_seconds(self) -> float:
+        """All that is neither the prefill nor the verify forward."""
+        return sum(s for stage, s in self.seconds.items() if stage not in ("prefill", "verify"))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to `name`, also when it raises."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def count(self, step: Step) -> None:
+        """Take up one committed step."""
+        tree = step.tree
+        if tree is None:
+            return
+        self.forwards += 1
+        self.tokens += len(step.path)
+        self.rows += step.rows
+        depths = row_depths(tree.parents)
+        for bit, name in enumerate(self.drafters):
+            mine = (tree.sources >> bit) & 1 == 1
+            self.candidates[name].update(depths[mine].tolist())
+            self.accepted[name].update(depths[n].item() for n in step.path if mine[n])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a report."""
+        return {
+            "forwards": self.forwards,
+            "tokens": self.tokens,
+            "tokens_per_forward": self.tokens_per_forward,
+            "rows_per_forward": self.rows_per_forward,
+            "candidates": {name: dict(sorted(c.items())) for name, c in self.candidates.items()},
+            "accepted": {name: dict(sorted(c.items())) for name, c in self.accepted.items()},
+            "seconds": dict(self.seconds),
+        }
+
+
+def names_of(sources: int, drafters: Sequence[str]) -> list[str]:
+    """The drafters whose bits are set in `sources`."""
+    return [name for bit, name in enumerate(drafters) if sources >> bit & 1]

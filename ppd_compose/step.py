@@ -1,0 +1,41 @@
+"""What a plugin may see of one sequence that is being decoded.
+
+Knows no model and no loop; the loop fills it in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .tree import Ints, TokenTree
+
+if TYPE_CHECKING:
+    from .budget import Budget
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits of a plugin's appended rows below the last accepted node."""
+
+    kinds: Ints  # [rows], as the plugin gave them
+    logits: Tensor  # [rows, vocab], in the model's dtype, on its device
+
+
+@dataclass
+class Step:
+    """The state of one sequence. `ids[-1]` is decided but not in the KV cache: it is the root of the next tree."""
+
+    ids: list[int]
+    vocab_size: int
+    budget: Budget
+    room: int  # tokens that may still be generated
+    index: int = 0  # steps done
+    tree: TokenTree | None = None  # what the last step verified
+    rows: int = 0  # rows of the last forward, appended ones included
+    path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
+    hidden_states: tuple[Tensor | None, ...] | None = None  # by layer [path, hidden], where a plugin asked for them
+    answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
+    memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence

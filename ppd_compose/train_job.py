@@ -1,0 +1,78 @@
+"""From a base and a prompt file to an adapter folder: the whole of `ppd-compose train ppd`.
+
+Knows the order: prompts, own replies, training, files. Each part is a module of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .adapter import save_prompt_tokens
+from .card import model_card
+from .identity import Identity
+from .prompt import PromptTokens
+from .prompts import Prompt, encode
+from .replies import own_replies
+from .storage import cache_folder
+from .train import Recipe, train_prompt_tokens
+
+
+def train_ppd(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    out: Path,
+    recipe: Recipe,
+    *,
+    base_name: str | None = None,
+    held_out: int = 64,
+    reply_tokens: int = 160,
+    reply_batch: int = 32,
+    command: str = "",
+    data: str = "",
+) -> PromptTokens:
+    """Train prompt tokens for `base` on its own replies to `prompts` and save them to `out`.
+
+    The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts;
+    checkpoints lie in `out/checkpoints` until the adapter is written, so a killed call goes on where it stopped.
+    """
+    begin = time.monotonic()
+    ids = [encode(tokenizer, prompt.turns[0]) for prompt in prompts]
+    with Progress() as progress:
+        replies = own_replies(
+            base, ids, cache_folder() / "replies",
+            max_new_tokens=reply_tokens, batch_size=reply_batch, progress=progress,
+        )  # fmt: skip
+    held = min(held_out, max(1, len(replies) // 10))
+    trained = train_prompt_tokens(base, replies[:-held], replies[-held:], recipe, out / "checkpoints")
+    identity = Identity.of(base)
+    identity = replace(identity, name=base_name or identity.name)
+    prompt = PromptTokens(trained.embeddings, trained.accuracy, identity)
+    facts = {
+        **asdict(recipe),
+        "command": command,
+        "data": data,
+        "prompts": len(prompts) - held,
+        "held_out": held,
+        "reply_tokens": sum(len(reply.reply) for reply in replies),
+        "seconds": round(time.monotonic() - begin),
+        "hardware": _hardware(base),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    save_prompt_tokens(prompt, out, training=facts, card=model_card(prompt, facts))
+    return prompt
+
+
+def _hardware(base: PreTrainedModel) -> str:
+    where: Any = f"{torch.get_num_threads()} CPU threads"
+    if base.device.type == "cuda":
+        where = torch.cuda.get_device_name(base.device)
+    return f"{where}, {str(base.dtype).removeprefix('torch.')}"

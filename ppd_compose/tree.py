@@ -1,0 +1,186 @@
+"""Candidate trees and appended rows as flat arrays: row 0 is the root, and a parent comes before its children.
+
+Knows how trees are built, cut, merged and checked. Does not know models or where guesses come from.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Guesses of what follows the root token, which is decided but not yet in the KV cache."""
+
+    tokens: Ints  # [nodes]
+    parents: Ints  # [nodes], -1 for the root
+    log_probs: Floats  # [nodes], claimed chance that the whole path is accepted; 0 for the root
+    sources: Ints  # [nodes], bit i: drafter i proposed the node
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], parents: Sequence[int], log_probs: Sequence[float]) -> TokenTree:
+        """From plain lists, root first."""
+        ints = np.int64
+        sources = np.zeros(len(tokens), ints)
+        return cls(np.asarray(tokens, ints), np.asarray(parents, ints), np.asarray(log_probs, float), sources)
+
+    @classmethod
+    def chain(cls, root: int, tokens: Sequence[int] = (), log_probs: Sequence[float] = ()) -> TokenTree:
+        """One path; `log_probs[i]` is the claim for `tokens[i]` given those before it."""
+        path = np.cumsum([0.0, *log_probs])
+        return cls.of([root, *tokens], list(range(-1, len(tokens))), path.tolist())
+
+    @classmethod
+    def product(
+        cls, root: int, tokens: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], size: int
+    ) -> TokenTree:
+        """The `size` likeliest nodes when every depth is guessed on its own.
+
+        Args:
+            tokens: `[depth][rank]`, the best first.
+            log_probs: `[depth][rank]`, the claim for each token, whatever stands before it.
+        """
+        made = [(root, -1, 0.0)]
+        queue = [(-log_probs[0][0], 0, 0, 0)] if tokens else []
+        while queue and len(made) < size:
+            score, depth, rank, parent = heapq.heappop(queue)
+            made.append((tokens[depth][rank], parent, -score))
+            if rank + 1 < len(tokens[depth]):
+                sibling = made[parent][2] + log_probs[depth][rank + 1]
+                heapq.heappush(queue, (-sibling, depth, rank + 1, parent))
+            if depth + 1 < len(tokens):
+                heapq.heappush(queue, (score - log_probs[depth + 1][0], depth + 1, 0, len(made) - 1))
+        return cls.of(*map(list, zip(*made, strict=True)))
+
+    def marked(self, sources: int) -> TokenTree:
+        """The same tree, every node but the root proposed by `sources`."""
+        marks = np.full(len(self), sources, np.int64)
+        marks[0] = 0
+        return replace(self, sources=marks)
+
+    def take(self, nodes: Ints) -> TokenTree:
+        """The subtree of `nodes`, which ascend, start at the root and are closed under parents."""
+        at = renumber(nodes, len(self))
+        parents = at[self.parents[nodes]]
+        return TokenTree(self.tokens[nodes], parents, self.log_probs[nodes], self.sources[nodes])
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that holds `token`."""
+        found = np.flatnonzero((self.parents == node) & (self.tokens == token))
+        return int(found[0]) if len(found) else None
+
+    def stop_chances(self) -> Floats:
+        """Claimed chance, for each node, that it is the last one accepted `[nodes]`."""
+        reach = np.exp(self.log_probs)
+        below = np.bincount(self.parents[1:], reach[1:], len(self))
+        chances: Floats = np.clip(reach - below, 0.0, None)
+        return chances
+
+
+@dataclass(frozen=True)
+class Appended:
+    """Rows with embeddings of their own that hang from tree nodes; their logits come back, they are never accepted."""
+
+    embeddings: Tensor  # [kinds, hidden], on the model's device and in its dtype
+    kinds: Ints  # [rows], which of `embeddings` a row carries
+    parents: Ints  # [rows], the tree node it sees last, or len(tree) + j for row j of these
+    nodes: Ints  # [rows], the tree node that the row's chain hangs from
+    gains: Floats  # [rows], tokens that the row is expected to add to the next step
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def take(self, rows: Ints, nodes: Ints, size: int) -> Appended:
+        """Rows `rows` of these, over a tree of `size` nodes of which `nodes` are kept."""
+        at = np.concatenate([renumber(nodes, size)[:-1], len(nodes) + renumber(rows, len(self))])
+        parents = at[self.parents[rows]]
+        return Appended(self.embeddings, self.kinds[rows], parents, at[self.nodes[rows]], self.gains[rows])
+
+
+def renumber(kept: Ints, size: int) -> Ints:
+    """Old row -> new row `[size + 1]` when only `kept` stay; the last entry maps -1 to -1."""
+    at = np.full(size + 1, -1, np.int64)
+    at[kept] = np.arange(len(kept))
+    return at
+
+
+def stacked_parents(tree: TokenTree, appended: Sequence[Appended]) -> Ints:
+    """Parents of all rows of one forward, the tree's first, then each appended block's `[rows]`."""
+    parents, offset = [tree.parents], len(tree)
+    for rows in appended:
+        parents.append(np.where(rows.parents < len(tree), rows.parents, rows.parents + offset - len(tree)))
+        offset += len(rows)
+    return np.concatenate(parents)
+
+
+def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[TokenTree, list[Appended]]:
+    """Tree and appended blocks of the rows `keep` of one forward, which ascend and are closed under parents."""
+    nodes, offset, kept = keep[keep < len(tree)], len(tree), []
+    for rows in appended:
+        mine = keep[(keep >= offset) & (keep < offset + len(rows))] - offset
+        kept.append(rows.take(mine, nodes, len(tree)))
+        offset += len(rows)
+    return tree.take(nodes), kept
+
+
+def shallow(
+    tree: TokenTree, appended: Sequence[Appended], depth: int
+) -> tuple[TokenTree, Sequence[Appended]]:
+    """Tree and appended blocks without the rows deeper than `depth`."""
+    parents = stacked_parents(tree, appended)
+    if len(parents) <= depth:
+        return tree, appended
+    return cut(tree, appended, np.flatnonzero(row_depths(parents) <= depth))
+
+
+def row_depths(parents: Ints) -> Ints:
+    """Depth of every row `[rows]`, 0 for the root."""
+    depths = [0] * len(parents)
+    for row, parent in enumerate(parents.tolist()[1:], 1):
+        depths[row] = depths[parent] + 1
+    return np.asarray(depths, np.int64)
+
+
+def ancestors(parents: Ints) -> Bools:
+    """Who sees whom `[rows, rows]`: a row sees itself and every row on its way to the root."""
+    see = np.eye(len(parents), dtype=bool)
+    for row, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            see[row] |= see[parent]
+    return see
+
+
+def union(trees: Sequence[TokenTree]) -> TokenTree:
+    """Every path of `trees` once; a node keeps its highest claim and all who proposed it."""
+    if len(trees) == 1:
+        return trees[0]
+    rows: list[list[Any]] = []
+    index: dict[tuple[int, int], int] = {}
+    for tree in trees:
+        at = [0] * len(tree)
+        columns = (tree.tokens, tree.parents, tree.log_probs, tree.sources)
+        for i, (token, parent, score, source) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            above = at[parent] if parent >= 0 else -1
+            at[i] = index.setdefault((above, token), len(rows))
+            if at[i] == len(rows):
+                rows.append([token, above, score, source])
+            else:
+                rows[at[i]][2] = max(rows[at[i]][2], score)
+                rows[at[i]][3] |= source
+    tokens, parents, scores, sources = zip(*rows, strict=True)
+    made = TokenTree.of(tokens, parents, scores)
+    return replace(made, sources=np.asarray(sources, np.int64))
