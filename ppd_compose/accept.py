@@ -7,7 +7,7 @@ Knows picks and paths. Does not know where the candidate tree came from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Picker:
     def _pick(self, logits: Tensor, ids: Tensor) -> int:
         # A copy: processors may write in place, and the forward's logits must not be kept alive.
         raw = logits.to(copy=True, dtype=torch.float32)
-        scores: Any = self.processors(ids, raw)
+        scores: Any = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, raw))
         if self.keep:
             self.logits.append(logits.to(copy=True, dtype=torch.float32))
             self.scores.append(scores)

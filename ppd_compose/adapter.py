@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,49 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .identity import Identity
-from .prompt import PromptTokens
 from .storage import staged_file, write_text
 
 FORMAT = 1
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-TENSOR_SUFFIX = "ppd_embeddings"
+SUFFIX = "ppd_embeddings"
 
 
-def save_prompt_tokens(
-    prompt: PromptTokens, folder: Path, *, training: Mapping[str, Any] | None = None, card: str | None = None
+@dataclass(frozen=True)
+class Adapter:
+    """What the files hold: rows `[n, v, hidden]` float32, accuracies `[n][rank]`, and the base they belong to."""
+
+    embeddings: Tensor
+    accuracy: list[list[float]]
+    identity: Identity
+
+
+def write_adapter(
+    adapter: Adapter, folder: Path, *, training: Mapping[str, Any] | None = None, card: str | None = None
 ) -> None:
-    """Write `prompt` to `folder`; each file is replaced whole, the config last.
-
-    Raises `ValueError` when `prompt` does not say which base it belongs to.
-    """
-    if prompt.identity is None:
-        raise ValueError("prompt tokens without an identity cannot be saved: give identity=Identity.of(base)")
-    n, v, _ = prompt.embeddings.shape
+    """Write `adapter` to `folder`; each file is replaced whole, the config last."""
+    n, v, _ = adapter.embeddings.shape
     config = {
         "peft_type": "PPD",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "format_version": FORMAT,
-        "base_model_name_or_path": prompt.identity.name,
+        "base_model_name_or_path": adapter.identity.name,
         "num_prompt_tokens": n,
         "ensemble": v,
-        "base": asdict(prompt.identity),
-        "accuracy": prompt.accuracy.tolist(),
+        "base": asdict(adapter.identity),
+        "accuracy": adapter.accuracy,
         "training": dict(training or {}),
     }
-    rows = prompt.embeddings.flatten(0, 1).float().cpu().contiguous()
+    rows = adapter.embeddings.flatten(0, 1).float().cpu().contiguous()
     with staged_file(folder / TENSORS) as staging:
-        save_file({f"base_model.model.{prompt.identity.embedding}.{TENSOR_SUFFIX}": rows}, staging, {"format": "pt"})
+        save_file({f"base_model.model.{adapter.identity.embedding}.{SUFFIX}": rows}, staging, {"format": "pt"})
     if card is not None:
         write_text(folder / CARD, card)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def load_prompt_tokens(source: str | Path, *, revision: str | None = None, token: str | None = None) -> PromptTokens:
-    """Read prompt tokens from a folder or a Hub repository.
+def read_adapter(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Adapter:
+    """Read the files of a folder or a Hub repository.
 
     Raises:
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
@@ -66,15 +69,14 @@ def load_prompt_tokens(source: str | Path, *, revision: str | None = None, token
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(str(source), revision, token)
-    config = _read_config(folder / CONFIG)
-    n, v, accuracy, identity = _fields(folder / CONFIG, config)
+    n, v, accuracy, identity = _fields(folder / CONFIG, _read_config(folder / CONFIG))
     rows = _read_rows(folder)
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
             f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
             f"of {identity.hidden_size}: the two files belong to different adapters"
         )
-    return PromptTokens(rows.view(n, v, -1), accuracy, identity)
+    return Adapter(rows.view(n, v, -1), accuracy, identity)
 
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
@@ -104,7 +106,11 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[flo
         accuracy, identity = config["accuracy"], Identity(**config["base"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks a field or has one too many: {error}") from None
-    for name, value in (("num_prompt_tokens", n), ("ensemble", v), ("base.hidden_size", identity.hidden_size)):
+    for name, value in (
+        ("num_prompt_tokens", n),
+        ("ensemble", v),
+        ("base.hidden_size", identity.hidden_size),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{path}: {name} must be a whole number of at least 1, got {value!r}")
     return n, v, accuracy, identity
@@ -120,7 +126,7 @@ def _read_rows(folder: Path) -> Tensor:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    found = [tensor for name, tensor in tensors.items() if name.endswith(TENSOR_SUFFIX)]
+    found = [tensor for name, tensor in tensors.items() if name.endswith(SUFFIX)]
     if len(found) != 1 or not torch.is_floating_point(found[0]):
-        raise ValueError(f"{path} must hold one tensor of floats named ...{TENSOR_SUFFIX}, it holds {sorted(tensors)}")
+        raise ValueError(f"{path} must hold one tensor of floats named ...{SUFFIX}, it holds {sorted(tensors)}")
     return found[0]

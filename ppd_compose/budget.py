@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .storage import write_text
 from .hookspecs import hookimpl
 from .step import Step
+from .storage import write_text
 from .tree import Appended, Floats, Ints, TokenTree, cut, stacked_parents
 from .verify import Context, verify
 
@@ -39,7 +39,9 @@ class Budget:
         shape = (len(self.contexts), len(self.rows))
         table = np.asarray(self.seconds, float)
         if table.shape != shape or not len(self.rows) or self.rows[0] != 1:
-            raise ValueError(f"seconds must be {shape} for {shape[0]} contexts and row counts from 1, got {table.shape}")
+            raise ValueError(
+                f"seconds must be {shape} for {shape[0]} contexts and row counts from 1, got {table.shape}"
+            )
         if not (table > 0).all() or not (np.isfinite(table)).all():
             raise ValueError("seconds must be positive numbers")
 
@@ -123,9 +125,7 @@ class BestRows:
     """
 
     @hookimpl(trylast=True)
-    def fit(
-        self, step: Step, tree: TokenTree, appended: Sequence[Appended]
-    ) -> tuple[TokenTree, list[Appended]]:
+    def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
         values = _capped(stacked_parents(tree, appended), tree, appended)
         seconds = step.budget.curve(len(step.ids))

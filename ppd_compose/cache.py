@@ -34,7 +34,8 @@ def refuse_cache(cache: object) -> None:
 @contextmanager
 def recording(cache: Cache) -> Iterator[None]:
     """Let sliding layers keep rows that have left their window until `commit` says which rows stay."""
-    sliding: list[Any] = [layer for layer in cache.layers if layer.is_sliding]
+    layers: list[Any] = list(cache.layers)
+    sliding = [layer for layer in layers if layer.is_sliding]
     for layer in sliding:
         layer.activate_past_recording()
     try:
@@ -50,7 +51,8 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     A layer's tensors were made by the forward that has just run, so they are written in place: rows move up,
     and the layer keeps a view of what remains.
     """
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         start = layer.keys.shape[-2] - rows
         layer.keys = _kept(layer.keys, start, path)
         layer.values = _kept(layer.values, start, path)
@@ -65,4 +67,3 @@ def _kept(states: Tensor, start: int, path: Sequence[int]) -> Tensor:
         index = torch.tensor(path, device=states.device) + start
         states[..., start:end, :] = states.index_select(-2, index)
     return states[..., :end, :]
-

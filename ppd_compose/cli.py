@@ -5,23 +5,43 @@ Knows typer and rich. Each command only reads its options and calls a function o
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from .loading import DTYPES, load_base
+from .loading import DTYPES, load_base, load_drafter
+from .shipped import QUESTIONS
+from .storage import write_text
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Composable speculative decoding.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    help="Composable speculative decoding for Hugging Face models.",
+)  # fmt: skip
 train = typer.Typer(no_args_is_help=True, help="Train drafters on a base model's own replies.")
 app.add_typer(train, name="train")
 console = Console(stderr=True)
 
+QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
+
 BaseOption = Annotated[str, typer.Option(help="Folder or Hub id of the base; 'demo' is SmolLM2-135M-Instruct.")]
+AdapterOption = Annotated[str, typer.Option(help="An adapter's folder or Hub id; 'ppd' is the shipped one.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+QuestionsOption = Annotated[
+    Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
+]
+CountOption = Annotated[int | None, typer.Option(help="Of each category, evenly spread; all when left out.")]
+DraftersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="One composition: 'ppd', 'none' or adapters, joined by '+'. Repeatable; 'ppd' when left out."),
+]
+RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
 
 
 def main() -> None:
@@ -40,7 +60,7 @@ def main() -> None:
 
 @train.command("ppd")
 def train_prompt_tokens(
-    prompts: Annotated[Path, typer.Option(help="JSON lines with \"prompt\" or \"turns\".")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt" or "turns".')],
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
@@ -75,6 +95,88 @@ def train_prompt_tokens(
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
     console.print(f"adapter in {out}; top-1 by distance {first} on held-out replies")
+
+
+@app.command()
+def demo(
+    base: BaseOption = "demo",
+    adapter: AdapterOption = "ppd",
+    question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
+    max_new_tokens: LengthOption = 160,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Stream an answer with guessed tokens coloured, then compare with plain generate."""
+    from .demo import demo as show
+
+    loaded = load_base(base, dtype)
+    console.print(f"[dim]base: {loaded.origin}[/]", highlight=False)
+    show(loaded, load_drafter(adapter), question, max_new_tokens, Console(highlight=False))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask, as one user turn.")],
+    base: BaseOption = "demo",
+    adapter: AdapterOption = "ppd",
+    max_new_tokens: LengthOption = 256,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    rows: RowsOption = None,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Write the answer to standard output as it is decoded, and what it took to standard error."""
+    from .answer import answer
+
+    loaded = load_base(base, dtype)
+    sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    stats = answer(loaded, load_drafter(adapter), prompt, max_new_tokens, rows, seed, sampling)
+    console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
+
+
+@app.command()
+def plugins(adapter: AdapterOption = "ppd") -> None:
+    """List the drafters that are installed, and what a composition with one loads, with the hooks of each."""
+    from .compose import composition
+    from .plugins import installed
+
+    table = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
+    loaded = composition([load_drafter(adapter)], [])
+    for name, plugin in loaded.manager.list_name_plugin():
+        table.add_row(name, ", ".join(sorted(loaded.hooks_of(plugin))))
+    out = Console()
+    out.print(table)
+    out.print("installed drafters: " + ", ".join(f"{n} ({c.__module__}.{c.__name__})" for n, c in installed().items()))
+
+
+@app.command()
+def bench(
+    questions: QuestionsOption = None,
+    per_category: CountOption = None,
+    max_new_tokens: LengthOption = 128,
+    drafters: DraftersOption = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; a question counts its median.")] = 1,
+    rows: RowsOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+    base: BaseOption = "demo",
+    dtype: DtypeOption = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+) -> None:
+    """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
+    from .bench_job import bench as run_bench
+    from .prompts import read_prompts
+
+    asked = read_prompts(questions or QUESTIONS)
+    loaded = load_base(base, dtype, device)
+    listings = {
+        listing: [load_drafter(part) for part in listing.split("+") if part != "none"]
+        for listing in drafters or ["ppd"]
+    }
+    result = run_bench(loaded, listings, asked, per_category, max_new_tokens, rounds, rows, _command(), console)
+    text = json.dumps(result)
+    if json_file is not None:
+        write_text(json_file, json.dumps(result, indent=1) + "\n")
+    print(text)
 
 
 def _command() -> str:

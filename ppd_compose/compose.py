@@ -46,12 +46,17 @@ def compose(
     """
     refuse_base(base)
     refuse_attention(base)
-    loaded = Plugins(drafters, [*plugins, _Merge(), MatchPicks(), BestRows()])
+    loaded = composition(drafters, plugins)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
     model.budget = Budget.flat(budget) if isinstance(budget, int) else budget
     return model
+
+
+def composition(drafters: Sequence[Any], plugins: Sequence[Any]) -> Plugins:
+    """All plugins of a composed model: those given, and the defaults, which come last where one result counts."""
+    return Plugins(drafters, [*plugins, _Merge(), MatchPicks(), BestRows()])
 
 
 def _sharing(base: PreTrainedModel) -> Any:
@@ -61,7 +66,7 @@ def _sharing(base: PreTrainedModel) -> Any:
     reason. The class keeps the base's name, which transformers writes into and reads from configurations.
     """
     kind = type(base)
-    model = object.__new__(type(kind.__name__, (Composed, kind), {"__module__": kind.__module__}))
+    model: Any = object.__new__(type(kind.__name__, (Composed, kind), {"__module__": kind.__module__}))
     own = {name: copy.copy(value) if type(value) in (dict, set, list) else value for name, value in vars(base).items()}
     own.pop("generate", None)  # a model loaded with custom_generate carries one bound to the base
     model.__dict__.update(own)
@@ -71,6 +76,8 @@ def _sharing(base: PreTrainedModel) -> Any:
 
 class _Merge:
     """Union by path, the default."""
+
+    name = "union"
 
     @hookimpl(trylast=True)
     def merge(self, trees: Sequence[TokenTree]) -> TokenTree:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
@@ -48,7 +48,7 @@ class Request:
 class Decoding:
     """The decoding of one request: a prefill, then steps until a stopping criterion holds."""
 
-    def __init__(self, model: PreTrainedModel, plugins: Plugins, stats: Stats, request: Request) -> None:
+    def __init__(self, model: Any, plugins: Plugins, stats: Stats, request: Request) -> None:
         self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
         self.hook = plugins.hook
         self.kwargs = plugins.forward_kwargs(model)
@@ -161,9 +161,7 @@ class Decoding:
         tokens = torch.from_numpy(tree.tokens[see[node]][1:])
         return torch.cat([self.sequence.first(start), tokens[None].to(self.request.ids.device)], dim=1)
 
-    def commit(
-        self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified, path: list[int]
-    ) -> None:
+    def commit(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified, path: list[int]) -> None:
         """Keep the path's rows in the cache, and hand the plugins what the forward told."""
         step, rows = self.step, len(tree) + sum(map(len, appended.values()))
         commit(self.request.cache, rows, path)

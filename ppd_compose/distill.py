@@ -5,6 +5,7 @@ Knows the block mask, the rows and the divergence. Does not know files, optimise
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,8 @@ def _prompt_log_probs(base: PreTrainedModel, cache: DynamicCache, embeddings: Te
         position_ids=positions.expand(size, count, n, v).reshape(size, -1),
         **extra,
     ).logits
-    each = logits.float().log_softmax(-1).view(size, count, n, v, -1)
-    return each.logsumexp(3) - torch.tensor(float(v)).log()
+    each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
+    return each.logsumexp(3) - math.log(v)
 
 
 def insertion_mask(points: Tensor, length: int, n: int, v: int) -> Tensor:

@@ -6,7 +6,7 @@ Knows what transformers hands to a custom loop and what it drops on the way. Doe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,12 +72,12 @@ class Composed:
         self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None
     ) -> StoppingCriteriaList:
         # On its way to a custom loop transformers drops the tokenizer that stop strings need.
-        return super()._get_stopping_criteria(  # type: ignore[misc,no-any-return]
+        return super()._get_stopping_criteria(  # type: ignore[misc, no-any-return]
             generation_config, stopping_criteria, stopping_criteria.tokenizer or tokenizer
         )
 
 
-class _Criteria(StoppingCriteriaList):  # type: ignore[misc]
+class _Criteria(StoppingCriteriaList):
     """The user's stopping criteria, and the tokenizer for stop strings."""
 
     def __init__(self, criteria: Any, tokenizer: Any) -> None:
@@ -111,9 +111,7 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
     return decode
 
 
-def _picker(
-    processors: LogitsProcessorList, config: GenerationConfig, generator: torch.Generator | None
-) -> Picker:
+def _picker(processors: LogitsProcessorList, config: GenerationConfig, generator: torch.Generator | None) -> Picker:
     keep = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     return Picker(processors, bool(config.do_sample), generator, bool(keep))
 
@@ -154,7 +152,7 @@ def visible_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: d
     """
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
-        return mask[0].bool().cpu()
+        return cast(Tensor, mask[0].bool().cpu())
     return torch.ones(getattr(config, "_mask_length", input_ids.shape[1]), dtype=torch.bool)
 
 
@@ -167,12 +165,10 @@ def room(model: PreTrainedModel, input_ids: Tensor, columns: int, config: Genera
     return min(limits) if limits else columns + 2**31
 
 
-def _output(
-    sequences: Tensor, picker: Picker, request: Request, config: GenerationConfig
-) -> GenerateDecoderOnlyOutput:
+def _output(sequences: Tensor, picker: Picker, request: Request, config: GenerationConfig) -> GenerateDecoderOnlyOutput:
     return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=tuple(picker.scores) if config.output_scores else None,
-        logits=tuple(picker.logits) if config.output_logits else None,
+        sequences=cast(torch.LongTensor, sequences),
+        scores=cast(Any, tuple(picker.scores)) if config.output_scores else None,
+        logits=cast(Any, tuple(picker.logits)) if config.output_logits else None,
         past_key_values=request.cache,
     )

@@ -65,16 +65,12 @@ def append(step: Step, tree: TokenTree) -> Appended | None:
 
 
 @hookspec(firstresult=True)
-def fit(
-    step: Step, tree: TokenTree, appended: Sequence[Appended]
-) -> tuple[TokenTree, Sequence[Appended]] | None:
+def fit(step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]] | None:
     """Return the tree and the appended rows, in the order given, cut to what the budget pays for."""
 
 
 @hookspec(firstresult=True)
-def accept(
-    step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], int]
-) -> Iterable[tuple[int, int]] | None:
+def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], int]) -> Iterable[tuple[int, int]] | None:
     """Return the accepted path, root first: pairs of a node and the token that follows it.
 
     `logits` `[nodes, vocab]` are the model's, unprocessed. `pick(node)` is the model's own choice after `node`:

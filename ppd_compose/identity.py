@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ class Identity:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Identity:
         """Read the identity off `model`'s input embedding."""
-        module = model.get_input_embeddings()
+        module: Any = model.get_input_embeddings()
         path = next(name for name, found in model.named_modules() if found is module)
         weight, name = module.weight, str(model.config.name_or_path)
         if Path(name).is_dir():

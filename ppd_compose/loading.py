@@ -12,8 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .demo_base import REPO, find_demo_base
+from .prompt import PromptTokens
+from .shipped import ADAPTER
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,11 @@ class LoadedBase:
     origin: str
 
 
+def load_drafter(source: str) -> PromptTokens:
+    """Prompt tokens by folder or Hub id; "ppd" are those shipped for SmolLM2-135M-Instruct."""
+    return PromptTokens.from_pretrained(ADAPTER if source == "ppd" else source)
+
+
 def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> LoadedBase:
     """Load `source` with sdpa attention. Raises `ValueError` for an unknown dtype, `OSError` for an unknown model."""
     if dtype not in DTYPES:
@@ -34,5 +46,5 @@ def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> Load
     if source == "demo":
         found = find_demo_base()
         place, name, origin = str(found.folder), REPO, found.origin
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return LoadedBase(model.to(device).eval(), AutoTokenizer.from_pretrained(place), name, origin)

@@ -5,6 +5,8 @@ Knows what sdpa and eager want, and windows. Does not know trees: it is told who
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -43,7 +45,8 @@ def layered_mask(
         positions: int64 `[batch, rows]`, the position of each row.
         columns: int64 `[batch, columns]`, the position of each cached or new column.
     """
-    windows = {layer.sliding_window if layer.is_sliding else None for layer in cache.layers}
+    layers: list[Any] = list(cache.layers)
+    windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
     made = {
         "full_attention" if window is None else "sliding_attention": attention_mask(
             model, _within(see, positions, columns, window)[:, None]

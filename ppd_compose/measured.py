@@ -33,6 +33,13 @@ def _path(model: PreTrainedModel) -> Path:
     threads = torch.get_num_threads() if model.device.type == "cpu" else 0
     identity = Identity.of(model)
     layers = model.config.get_text_config().num_hidden_layers
-    facts = [identity.fingerprint, layers, device, str(model.dtype), model.config._attn_implementation, threads]
+    facts = [
+        identity.fingerprint,
+        layers,
+        device,
+        str(model.dtype),
+        model.config._attn_implementation,
+        threads,
+    ]
     key = hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()[:16]
     return cache_folder() / "budgets" / f"{key}.json"

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapter import Adapter, read_adapter, write_adapter
 from .hookspecs import hookimpl
 from .identity import Identity
 from .step import Answer, Step
@@ -59,6 +62,20 @@ class PromptTokens:
             raise ValueError(f"accuracy must be {n} rows of shares between 0 and 1, got {self.accuracy!r}")
         self.gains = marginal_gains(self.accuracy, TYPICAL_NODES)
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> PromptTokens:
+        """Load an adapter from a folder or the Hub; see `adapter.read_adapter` for what is refused."""
+        adapter = read_adapter(source, revision=revision, token=token)
+        return cls(adapter.embeddings, adapter.accuracy, adapter.identity)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`. Raises `ValueError` without an identity."""
+        if self.identity is None:
+            raise ValueError("prompt tokens that name no base cannot be saved: give identity=Identity.of(base)")
+        write_adapter(Adapter(self.embeddings, self.accuracy.tolist(), self.identity), Path(folder))
+
     @hookimpl
     def prepare(self, model: PreTrainedModel) -> None:
         """Refuse a base of another width; warn when only its weights differ from those trained on."""
@@ -80,7 +97,7 @@ class PromptTokens:
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the embeddings to the model's device and dtype once a sequence."""
-        weight = model.get_input_embeddings().weight
+        weight: Any = model.get_input_embeddings().weight
         step.memory[self] = self.embeddings.flatten(0, 1).to(weight)
 
     @hookimpl

@@ -78,8 +78,10 @@ def refuse_request(
 def _refuse_mode(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"{mode.value.replace('_', ' ')} has no exact form over a tree, only greedy search and "
-                         f"sampling have: {BASE}")
+        raise ValueError(
+            f"{mode.value.replace('_', ' ')} has no exact form over a tree, only greedy search and "
+            f"sampling have: {BASE}"
+        )
     if config.output_attentions or config.output_hidden_states:
         raise ValueError(f"output_attentions and output_hidden_states are not collected over a tree: {BASE}")
 
@@ -106,7 +108,8 @@ def _refuse_input(
 
 
 def _lengths(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[int, int]:
-    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    mask: Any = model_kwargs.get("attention_mask")
+    cache: Any = model_kwargs.get("past_key_values")
     whole = getattr(config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
     cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     return cached, whole - cached

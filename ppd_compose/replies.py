@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from .storage import write_text
 from .identity import Identity
+from .storage import write_text
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _key(model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int, 
 
 
 @torch.no_grad()
-def _generate(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

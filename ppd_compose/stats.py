@@ -26,7 +26,7 @@ class Stats:
     rows: int = 0  # of all verify forwards, appended rows included
     candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def tokens_per_forward(self) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from .storage import staged_folder
 from .distill import Batch, PromptRows
 from .replies import Reply
+from .storage import staged_folder
 
 RANKS = 10
 
@@ -120,9 +121,9 @@ def _fit(
     return rows
 
 
-def initial_embeddings(base: PreTrainedModel, recipe: Recipe) -> Tensor:
+def initial_embeddings(base: Any, recipe: Recipe) -> Tensor:
     """Rows near the mean of the base's embeddings `[n, v, hidden]` float32, from the seed alone."""
-    weight = base.get_input_embeddings().weight.detach().float().cpu()
+    weight: Tensor = base.get_input_embeddings().weight.detach().float().cpu()
     dice = torch.Generator().manual_seed(recipe.seed)
     noise = torch.randn(recipe.num_prompt_tokens, recipe.ensemble, weight.shape[1], generator=dice)
     return weight.mean(0) + 0.1 * weight.std() * noise
@@ -157,9 +158,7 @@ def _points(reply: Reply, recipe: Recipe) -> range:
 
 
 @torch.no_grad()
-def evaluate(
-    base: PreTrainedModel, rows: PromptRows, replies: Sequence[Reply], recipe: Recipe
-) -> list[list[float]]:
+def evaluate(base: PreTrainedModel, rows: PromptRows, replies: Sequence[Reply], recipe: Recipe) -> list[list[float]]:
     """Accuracy by distance and rank `[n][10]` on `replies`, at up to `recipe.points` points of each."""
     hits = torch.zeros(recipe.num_prompt_tokens, RANKS, dtype=torch.float64)
     seen = 0
@@ -193,7 +192,12 @@ def _resume(accelerator: Accelerator, folder: Path, recipe: Recipe) -> int:
 
 
 def _progress() -> Progress:
-    columns = "[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     told = TextColumn("loss {task.fields[loss]:.3f}  top-1 by distance {task.fields[top1]}")
     bar = Progress(*columns, told)
     add = bar.add_task

@@ -5,6 +5,7 @@ Knows the order: prompts, own replies, training, files. Each part is a module of
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import transformers
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapter import save_prompt_tokens
+from .adapter import Adapter, write_adapter
 from .card import model_card
 from .identity import Identity
 from .prompt import PromptTokens
@@ -67,7 +68,9 @@ def train_ppd(
         "hardware": _hardware(base),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    save_prompt_tokens(prompt, out, training=facts, card=model_card(prompt, facts))
+    adapter = Adapter(trained.embeddings, trained.accuracy, identity)
+    write_adapter(adapter, out, training=facts, card=model_card(prompt, facts))
+    shutil.rmtree(out / "checkpoints")
     return prompt
 
 

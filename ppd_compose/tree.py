@@ -137,9 +137,7 @@ def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[Toke
     return tree.take(nodes), kept
 
 
-def shallow(
-    tree: TokenTree, appended: Sequence[Appended], depth: int
-) -> tuple[TokenTree, Sequence[Appended]]:
+def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:
     """Tree and appended blocks without the rows deeper than `depth`."""
     parents = stacked_parents(tree, appended)
     if len(parents) <= depth:

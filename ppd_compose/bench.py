@@ -1,0 +1,160 @@
+"""Base and compositions side by side on the same questions, interleaved, in one run.
+
+Knows how to time and compare generations. Does not print or load anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .prompts import Prompt, encode
+from .stats import Stats
+
+BASE = "base"
+# Spec-Bench's file names the eight subjects of MT-bench; its tables count them as one category.
+SUBJECTS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+MT_BENCH = dict.fromkeys(SUBJECTS, "mt_bench")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids `[1, length]` and the category that the answer is counted under."""
+
+    ids: Tensor
+    category: str
+
+
+@dataclass
+class Answered:
+    """What one contender did with one question: seconds of each round, the sequence, and its statistics."""
+
+    category: str
+    prompt_length: int
+    seconds: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    stats: Stats | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+def questions_from(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, per_category: int | None
+) -> list[Question]:
+    """The first turn of `per_category` prompts of each category, evenly spread over the file (None: of all)."""
+    categories: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        categories.setdefault(MT_BENCH.get(prompt.category, prompt.category), []).append(prompt)
+    return [
+        Question(torch.tensor([encode(tokenizer, prompt.turns[0])]), category)
+        for category, mine in categories.items()
+        for prompt in _spread(mine, per_category)
+    ]
+
+
+def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    if count is None or count >= len(prompts):
+        return list(prompts)
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def run(
+    contenders: Mapping[str, PreTrainedModel], questions: Sequence[Question], rounds: int, max_new_tokens: int
+) -> Iterator[tuple[str, int, Answered]]:
+    """Answer every question `rounds` times by every contender, and yield (name, question number, answer) after each.
+
+    The contenders take turns within each question, in an order that rotates, so that a drift of the machine meets
+    all alike. One answer of each contender before the first question is not counted.
+    """
+    answers = {name: [Answered(q.category, q.ids.shape[1]) for q in questions] for name in contenders}
+    for model in contenders.values():
+        _generate(model, questions[0].ids, 16)
+    names = list(contenders)
+    for number, question in enumerate(questions):
+        for turn in range(rounds):
+            shift = (number + turn) % len(names)
+            for name in names[shift:] + names[:shift]:
+                answer = answers[name][number]
+                begin = time.perf_counter()
+                answer.ids = _generate(contenders[name], question.ids, max_new_tokens)
+                answer.seconds.append(time.perf_counter() - begin)
+                answer.stats = getattr(contenders[name], "stats", None)
+                yield name, number, answer
+
+
+def _generate(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
+    mask = torch.ones_like(ids)
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                         max_new_tokens=max_new_tokens)  # fmt: skip
+    return list(out[0].tolist())
+
+
+def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:
+    """Figures of one contender: ratios of total tokens by total seconds, where a question counts its median round."""
+    stats = [a.stats for a in answers if a.stats is not None]
+    forwards = sum(s.forwards for s in stats)
+    return {
+        "name": name,
+        "tokens_per_second": _rate(answers),
+        "speedup": _rate(answers) / _rate(base),
+        "tokens_per_forward": sum(s.tokens for s in stats) / max(forwards, 1),
+        "rows_per_forward": sum(s.rows for s in stats) / max(forwards, 1),
+        "host_ms_per_step": 1000 * sum(s.host_seconds for s in stats) / max(forwards, 1),
+        "identical": sum(a.ids == b.ids for a, b in zip(answers, base, strict=True)),
+        "questions": len(answers),
+        "acceptance": _acceptance(stats),
+        "by_category": {c: _category(c, answers, base) for c in dict.fromkeys(a.category for a in answers)},
+    }
+
+
+def _rate(answers: Sequence[Answered]) -> float:
+    return sum(a.tokens for a in answers) / sum(median(a.seconds) for a in answers)
+
+
+def _category(category: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:
+    mine = [a for a in answers if a.category == category]
+    theirs = [b for b in base if b.category == category]
+    stats = [a.stats for a in mine if a.stats is not None]
+    return {
+        "speedup": _rate(mine) / _rate(theirs),
+        "tokens_per_second": _rate(mine),
+        "tokens_per_forward": sum(s.tokens for s in stats) / max(sum(s.forwards for s in stats), 1),
+        "identical": sum(a.ids == b.ids for a, b in zip(mine, theirs, strict=True)),
+        "questions": len(mine),
+    }
+
+
+def _acceptance(stats: Sequence[Stats]) -> dict[str, dict[int, float]]:
+    """By drafter and depth: in which share of all forwards a guess of that drafter was accepted at that depth."""
+    forwards = max(sum(s.forwards for s in stats), 1)
+    shares: dict[str, dict[int, float]] = {}
+    for name in dict.fromkeys(name for s in stats for name in s.accepted):
+        depths = sorted({depth for s in stats for depth in s.accepted[name]})
+        shares[name] = {d: sum(s.accepted[name][d] for s in stats) / forwards for d in depths}
+    return shares
+
+
+@torch.no_grad()
+def divergence(base: PreTrainedModel, mine: Answered, theirs: Answered) -> dict[str, Any] | None:
+    """Where two answers part, and how far apart the base's two best logits are there; None when they are equal."""
+    if mine.ids == theirs.ids:
+        return None
+    shorter = min(len(mine.ids), len(theirs.ids))
+    at = next((i for i in range(shorter) if mine.ids[i] != theirs.ids[i]), shorter)
+    logits = base(input_ids=torch.tensor([theirs.ids[:at]], device=base.device)).logits[0, -1].float()
+    best = logits.topk(2)
+    return {
+        "position": at - theirs.prompt_length,
+        "gap": float(best.values[0] - best.values[1]),
+        "top": best.indices.tolist(),
+        "tokens": [theirs.ids[at : at + 1], mine.ids[at : at + 1]],
+    }
