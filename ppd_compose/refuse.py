@@ -5,6 +5,7 @@ Knows transformers' generation arguments. Does not decode.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from .cache import refuse_cache
 
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+NEEDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
 BASE = "use the base model's own generate for it"
 
 
@@ -35,6 +37,11 @@ def refuse_base(base: object) -> None:
         raise ValueError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can verify a tree")
     if getattr(base.config.get_text_config(), "alibi", False):
         raise ValueError(f"{type(base).__name__} uses ALiBi, which takes no tree mask: no composition is possible")
+    if missing := sorted(NEEDED - set(inspect.signature(base.forward).parameters)):
+        raise ValueError(
+            f"{type(base).__name__}.forward takes no {', '.join(missing)}, which say where the nodes of a tree stand "
+            "and what they see: no composition is possible"
+        )
 
 
 def refuse_arguments(kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,206 @@
+"""What compose returns, what it leaves alone and what it refuses."""
+
+import copy
+import string
+
+import pytest
+import torch
+from ppd_compose import Budget, PromptTokens, compose, hookimpl
+from tiny import Oracle, prompt, prompt_tokens, tiny
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
+
+
+def tokenizer():
+    """One token a character."""
+    characters = "?" + string.ascii_letters + "01234567"
+    inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
+    inner.pre_tokenizer, inner.decoder = Split("", "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", pad_token="?")
+
+
+def test_the_result_is_of_the_bases_class_and_shares_its_weights():
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=8)
+    assert isinstance(model, type(base))
+    assert type(model).__name__ == type(base).__name__
+    assert all(a is b for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    assert model.config is base.config
+
+
+def test_the_base_is_left_as_it_was():
+    base = tiny()
+    before, names = {k: v.clone() for k, v in base.state_dict().items()}, set(vars(base))
+    inner = {name: set(vars(module)) for name, module in base.named_modules()}
+    config, logits = copy.deepcopy(base.config.to_dict()), base(prompt()).logits
+    model = compose(base, prompt_tokens(3, 2), budget=32)
+    model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    model.something, model.generation_config.top_k = 1, 7
+    assert set(vars(base)) == names
+    assert {name: set(vars(module)) for name, module in base.named_modules()} == inner
+    assert base.config.to_dict() == config
+    assert base.generation_config.top_k != 7
+    assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
+    assert torch.equal(base(prompt()).logits, logits)
+
+
+def test_the_base_is_left_as_it_was_after_an_exception_in_the_middle():
+    class Fails:
+        @hookimpl
+        def observe(self, step):
+            if step.index == 3:
+                raise KeyboardInterrupt
+
+    base = tiny()
+    expected = base.generate(prompt(), max_new_tokens=20, do_sample=False)
+    model = compose(base, prompt_tokens(), Fails(), budget=16)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    assert torch.equal(base.generate(prompt(), max_new_tokens=20, do_sample=False), expected)
+    assert torch.equal(compose(base, budget=4).generate(prompt(), max_new_tokens=20, do_sample=False), expected)
+
+
+def test_two_compositions_of_one_base_and_one_drafter_are_independent():
+    base, shared = tiny(), prompt_tokens()
+    ids, other = prompt(), prompt(seed=5)
+    one, two = compose(base, shared, budget=8), compose(base, shared, budget=32)
+    expected = base.generate(ids, max_new_tokens=15, do_sample=False)
+    turns = []
+
+    class Interleaves:
+        """Lets the second model decode something in the middle of the first one's generation."""
+
+        @hookimpl
+        def observe(self, step):
+            turns.append(two.generate(other, max_new_tokens=5, do_sample=False))
+
+    mixed = compose(base, shared, plugins=[Interleaves()], budget=8)
+    assert torch.equal(mixed.generate(ids, max_new_tokens=15, do_sample=False), expected)
+    alone = base.generate(other, max_new_tokens=5, do_sample=False)
+    assert all(torch.equal(turn, alone) for turn in turns)
+    one.generate(ids, max_new_tokens=15, do_sample=False)
+    assert one.stats.tokens == 15
+    assert two.stats.tokens == 5
+
+
+def test_a_pipeline_takes_it():
+    base = tiny()
+    words = tokenizer()
+    settings = {"max_new_tokens": 10, "do_sample": False, "return_full_text": False}
+    answers = []
+    for model in (base, compose(base, prompt_tokens(), budget=16)):
+        model.generation_config.max_length = None
+        answers.append(pipeline("text-generation", model=model, tokenizer=words)("abcdefg", **settings))
+    assert answers[0] == answers[1]
+
+
+def test_stop_strings_end_the_answer_where_generate_ends_it():
+    base, words = tiny(), tokenizer()
+    ids = prompt()
+    text = words.convert_ids_to_tokens(base.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
+    settings = {"max_new_tokens": 20, "do_sample": False, "stop_strings": ["".join(text[18:20])], "tokenizer": words}
+    expected = base.generate(ids, **settings)
+    model = compose(base, Oracle(base.generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()), budget=32)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert expected.shape[1] < 32
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(ids, max_new_tokens=5, stop_strings=["b"])
+
+
+def test_it_saves_as_the_base_does(tmp_path):
+    model = compose(tiny(), prompt_tokens(), budget=8)
+    model.save_pretrained(tmp_path)
+    again = type(tiny()).from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+
+
+REFUSALS = [
+    ({"num_beams": 3}, "beam search"),
+    ({"assistant_model": "base"}, "compose"),
+    ({"prompt_lookup_num_tokens": 3}, "compose"),
+    ({"use_cache": False}, "use_cache"),
+    ({"cache_implementation": "static"}, "StaticLayer"),
+    ({"num_return_sequences": 2, "do_sample": True}, "one sequence per call"),
+    ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
+    ({"custom_generate": "someone/something"}, "custom_generate"),
+    ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    ({"position_ids": torch.arange(12)[None]}, "attention_mask"),
+    ({"top_kk": 3}, "top_kk"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSALS, ids=lambda value: str(value)[:30])
+def test_refused_before_any_forward(settings, message, monkeypatch):
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=8)
+    monkeypatch.setattr(type(base), "forward", lambda *a, **k: pytest.fail("a forward ran"))
+    settings = {name: base if value == "base" else value for name, value in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt(), max_new_tokens=5, **settings)
+
+
+def test_batches_empty_prompts_and_prompts_too_long_are_refused():
+    model = compose(tiny(), prompt_tokens(), budget=8)
+    with pytest.raises(ValueError, match="one sequence per call"):
+        model.generate(torch.cat([prompt(), prompt()]), max_new_tokens=5)
+    with pytest.raises(ValueError, match="empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=5)
+    with pytest.raises(ValueError, match="161 tokens, LlamaForCausalLM takes 160"):
+        model.generate(prompt(161), max_new_tokens=5)
+    cached = model.generate(prompt(), max_new_tokens=5, return_dict_in_generate=True, do_sample=False)
+    with pytest.raises(ValueError, match="past_key_values holds 16 tokens"):
+        model.generate(cached.sequences[:, :10], past_key_values=cached.past_key_values, max_new_tokens=5)
+
+
+def test_bases_that_cannot_verify_a_tree_are_refused():
+    small = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        compose(BloomForCausalLM(BloomConfig(**small)))
+    t5 = T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        compose(T5ForConditionalGeneration(t5))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="past_key_values, position_ids"):
+        compose(mamba)
+    with pytest.raises(TypeError, match="transformers model"):
+        compose(torch.nn.Linear(2, 2))
+    flash = tiny()
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        compose(flash)
+
+
+def test_unknown_keywords_and_impossible_budgets():
+    with pytest.raises(TypeError, match="budgett"):
+        compose(tiny(), budgett=3)
+    with pytest.raises(ValueError, match="at least one row"):
+        compose(tiny(), budget=0)
+
+
+def test_the_budget_is_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    base = tiny()
+    model = compose(base, prompt_tokens())
+    model.generate(prompt(), max_new_tokens=3, do_sample=False)
+    monkeypatch.setattr(Budget, "measure", lambda *a: pytest.fail("measured twice"))
+    again = compose(base, prompt_tokens())
+    again.generate(prompt(), max_new_tokens=3, do_sample=False)
+    assert again.budget == model.budget
+
+
+def test_prompt_tokens_for_another_base_name_both():
+    with pytest.raises(ValueError, match="hidden size 16.*hidden 32"):
+        compose(tiny(), PromptTokens(torch.zeros(1, 1, 16)))

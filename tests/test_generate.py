@@ -1,0 +1,231 @@
+"""generate() as transformers means it: lengths, stops, processors, sampling, streams, dictionaries, chats, chunks."""
+
+import pytest
+import torch
+from ppd_compose import compose
+from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+def pair(family="llama", tokens=40, **kwargs):
+    """A base, a composition that guesses its greedy answer, and the prompt."""
+    base = tiny(family, **kwargs)
+    ids = prompt()
+    answer = base.generate(ids, max_new_tokens=tokens + 10, do_sample=False, eos_token_id=None)[0].tolist()
+    return base, compose(base, prompt_tokens(3, 2), Oracle(answer), budget=32), ids
+
+
+def same(base, model, ids, **kwargs):
+    expected = base.generate(ids, **kwargs)
+    assert torch.equal(model.generate(ids, **kwargs), expected)
+    return expected
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 20])
+def test_max_new_tokens_and_max_length_never_overshoot(tokens):
+    base, model, ids = pair()
+    assert same(base, model, ids, max_new_tokens=tokens, do_sample=False).shape[1] == 12 + tokens
+    assert same(base, model, ids, max_length=12 + tokens, do_sample=False).shape[1] == 12 + tokens
+
+
+def test_several_eos_ids_and_min_new_tokens():
+    base, model, ids = pair()
+    answer = base.generate(ids, max_new_tokens=40, do_sample=False)[0, 12:].tolist()
+    eos = [answer[9], answer[20]]
+    stopped = same(base, model, ids, max_new_tokens=40, do_sample=False, eos_token_id=eos)
+    assert stopped.shape[1] <= 12 + 10
+    same(base, model, ids, max_new_tokens=40, min_new_tokens=15, do_sample=False, eos_token_id=eos)
+
+
+def test_custom_stopping_criterion_is_asked_once_a_token():
+    class AtLength(StoppingCriteria):
+        def __init__(self):
+            self.asked = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.asked.append(input_ids.shape[1])
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 29)
+
+    base, model, ids = pair()
+    criterion = AtLength()
+    same(base, model, ids, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([AtLength()]))
+    model.generate(ids, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert criterion.asked == list(range(13, 30))
+
+
+class Favours(LogitsProcessor):
+    """Depends on the whole prefix, and writes in place."""
+
+    def __call__(self, input_ids, scores):
+        assert len(input_ids) == len(scores) == 1
+        scores[:, (int(input_ids.sum()) * 31) % VOCAB] += 3.0
+        return scores
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[5], [7, 9]]},
+        {"suppress_tokens": [3, 4]},
+        {"forced_eos_token_id": 9},
+        {"exponential_decay_length_penalty": (15, 1.5), "eos_token_id": 9},
+        {"sequence_bias": [[[11], 2.0]]},
+    ],
+    ids=lambda s: next(iter(s)),
+)
+def test_every_processor_sees_the_prefix_of_its_node(settings):
+    base, model, ids = pair()
+    same(base, model, ids, max_new_tokens=40, do_sample=False, **settings)
+
+
+def test_users_processor_and_prefix_function():
+    base, model, ids = pair()
+    same(base, model, ids, max_new_tokens=40, do_sample=False, logits_processor=LogitsProcessorList([Favours()]))
+
+    def allowed(batch, prefix):
+        assert batch == 0
+        return [(int(prefix[-1]) * k + 1) % VOCAB for k in (1, 2, 3)]
+
+    same(base, model, ids, max_new_tokens=40, do_sample=False, prefix_allowed_tokens_fn=allowed)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.3}, {"top_k": 5}, {"top_p": 0.7, "repetition_penalty": 1.2}])
+def test_same_seed_same_tokens_as_sampling_with_generate(settings):
+    base, model, ids = pair()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = base.generate(ids, max_new_tokens=30, do_sample=True, **settings)
+        torch.manual_seed(seed)
+        assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=True, **settings), expected)
+
+
+def test_a_generator_gives_the_draws():
+    _, model, ids = pair()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(drawn))
+        dice = torch.Generator().manual_seed(seed)
+        drawn.append(model.generate(ids, max_new_tokens=30, do_sample=True, generator=dice))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+class Recorder(BaseStreamer):
+    def __init__(self, fail_at=None):
+        self.events, self.fail_at = [], fail_at
+
+    def put(self, value):
+        self.events.append(value.tolist())
+        if len(self.events) == self.fail_at:
+            raise RuntimeError("cancelled")
+
+    def end(self):
+        self.events.append("end")
+
+
+def test_streamer_gets_prompt_then_tokens_then_end():
+    base, model, ids = pair()
+    mine, theirs = Recorder(), Recorder()
+    model.generate(ids, max_new_tokens=20, do_sample=False, streamer=mine)
+    base.generate(ids, max_new_tokens=20, do_sample=False, streamer=theirs)
+    assert mine.events == theirs.events
+    assert mine.events[-1] == "end"
+
+
+def test_streamer_that_raises_cancels_and_still_gets_its_end():
+    base, model, ids = pair()
+    recorder = Recorder(fail_at=6)
+    before = base(ids).logits
+    with pytest.raises(RuntimeError, match="cancelled"):
+        model.generate(ids, max_new_tokens=20, do_sample=False, streamer=recorder)
+    assert recorder.events[-1] == "end"
+    assert torch.equal(base(ids).logits, before)
+    same(base, model, ids, max_new_tokens=20, do_sample=False)
+    refused = Recorder()
+    with pytest.raises(ValueError, match="beam"):
+        model.generate(ids, num_beams=2, max_new_tokens=4, streamer=refused)
+    assert refused.events == ["end"]
+
+
+def test_dictionary_with_scores_logits_and_cache():
+    base, model, ids = pair()
+    wanted = {
+        "max_new_tokens": 25, "do_sample": False, "repetition_penalty": 1.2,
+        "return_dict_in_generate": True, "output_scores": True, "output_logits": True,
+    }  # fmt: skip
+    mine, theirs = model.generate(ids, **wanted), base.generate(ids, **wanted)
+    assert torch.equal(mine.sequences, theirs.sequences)
+    assert len(mine.scores) == len(theirs.scores) == len(mine.logits) == 25
+    torch.testing.assert_close(torch.cat(mine.scores), torch.cat(theirs.scores))
+    torch.testing.assert_close(torch.cat(mine.logits), torch.cat(theirs.logits))
+    assert mine.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_chat_goes_on_from_the_returned_cache(family):
+    base, model, ids = pair(family)
+    for first, second in ((model, model), (model, base), (base, model)):
+        turn = first.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        longer = torch.cat([turn.sequences, prompt(6, seed=3)], dim=1)
+        settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
+        expected = base.generate(longer, **settings)
+        told = second.generate(longer, past_key_values=turn.past_key_values, **settings)
+        assert torch.equal(told, expected)
+
+
+def test_only_the_new_tokens_of_a_chat():
+    base, model, ids = pair()
+    turn = base.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    fresh = torch.cat([turn.sequences[:, -1:], prompt(4, seed=4)], dim=1)
+    whole = torch.cat([turn.sequences, prompt(4, seed=4)], dim=1)
+    seen = torch.ones_like(whole)
+    expected = base.generate(whole, attention_mask=seen, max_new_tokens=10, do_sample=False)[:, whole.shape[1] :]
+    told = model.generate(
+        fresh, attention_mask=seen, past_key_values=turn.past_key_values,
+        max_new_tokens=10, do_sample=False,
+    )  # fmt: skip
+    assert torch.equal(told[:, fresh.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prefill_in_chunks(family, chunk):
+    base, model, ids = pair(family)
+    expected = base.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, prefill_chunk_size=chunk), expected)
+
+
+def test_a_prompt_of_one_token():
+    base, _, _ = pair()
+    ids = torch.tensor([[5]])
+    model = compose(base, prompt_tokens(), budget=16)
+    same(base, model, ids, max_new_tokens=20, do_sample=False)
+
+
+def test_generation_config_objects_and_defaults_of_the_model():
+    base, model, ids = pair()
+    config = GenerationConfig(max_new_tokens=15, do_sample=False, pad_token_id=0, repetition_penalty=1.2)
+    same(base, model, ids, generation_config=config)
+    assert config.max_new_tokens == 15
+    model.generation_config.max_new_tokens = 3
+    assert base.generation_config.max_new_tokens is None
+
+
+def test_statistics_add_up():
+    _, model, ids = pair()
+    model.generate(ids, max_new_tokens=30, do_sample=False)
+    stats = model.stats
+    assert stats.tokens == 30
+    assert 30 - stats.forwards <= sum(sum(depths.values()) for depths in stats.accepted.values())
+    assert stats.forwards < 30
+    assert set(stats.seconds) >= {"prefill", "propose oracle", "propose ppd", "merge", "fit", "verify", "accept"}
+    assert stats.as_dict()["tokens_per_forward"] == pytest.approx(30 / stats.forwards)

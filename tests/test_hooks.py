@@ -1,0 +1,281 @@
+"""Hooks: their order, one test each, and what a plugin that is wrong gets."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+from ppd_compose import Appended, MalformedDraft, TokenTree, compose, hookimpl, hookspecs
+from tiny import VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
+
+HOOKS = [n for n, f in inspect.getmembers(hookspecs, inspect.isfunction) if hasattr(f, "ppd_compose_spec")]
+
+
+def run(base=None, *drafters, plugins=(), tokens=12, **kwargs):
+    base = base or tiny()
+    model = compose(base, *drafters, budget=24, plugins=plugins)
+    ids = prompt()
+    return model, model.generate(ids, max_new_tokens=tokens, do_sample=False, **kwargs)
+
+
+def answer(tokens=30):
+    return tiny().generate(prompt(), max_new_tokens=tokens, do_sample=False)[0].tolist()
+
+
+def test_every_hook_is_documented_and_has_a_test_that_calls_it():
+    text = inspect.getsource(inspect.getmodule(test_every_hook_is_documented_and_has_a_test_that_calls_it))
+    for name in HOOKS:
+        assert inspect.getdoc(getattr(hookspecs, name)), name
+        assert f"def test_hook_{name}(" in text, name
+        assert f"def {name}(self" in text or f"def {name}(" in re.sub(r"def test_.*", "", text), name
+
+
+def test_hooks_are_called_in_the_order_of_their_listing():
+    calls = []
+
+    def recorder(name):
+        return hookimpl(tryfirst=True)(lambda self: calls.append(name))
+
+    methods = {name: recorder(name) for name in HOOKS}
+    for name, method in methods.items():
+        method.__name__ = name
+    spy = type("Spy", (), methods)()
+    run(None, spy, tokens=1)
+    source = inspect.getsource(hookspecs)
+    listed = re.findall(r"^def (\w+)\(", source, re.MULTILINE)
+    assert calls == listed
+
+
+def test_hook_prepare():
+    class Picky:
+        @hookimpl
+        def prepare(self, model):
+            raise ValueError(f"no {type(model).__name__}, please")
+
+    with pytest.raises(ValueError, match="no LlamaForCausalLM"):
+        compose(tiny(), Picky())
+
+
+def test_hook_forward_kwargs():
+    class Wants:
+        def __init__(self, layers):
+            self.layers, self.name = layers, f"wants-{layers}"
+            self.seen = None
+
+        @hookimpl
+        def forward_kwargs(self, model):
+            return {"output_hidden_states": self.layers}
+
+        @hookimpl
+        def observe(self, step):
+            self.seen = (len(step.path), [s.shape for s in step.hidden_states if s is not None])
+
+    wants = Wants(True)
+    run(None, Oracle(answer()), wants)
+    count, shapes = wants.seen
+    assert shapes == [(count, 32)] * 4
+    with pytest.raises(ValueError, match="two plugins want output_hidden_states"):
+        run(None, Wants(True), Wants(False))
+
+
+def test_hook_start():
+    class Starts:
+        def __init__(self):
+            self.seen = []
+
+        @hookimpl
+        def start(self, step, model):
+            self.seen.append((list(step.ids), dict(step.memory), type(model).__name__))
+
+    starts = Starts()
+    run(None, starts)
+    assert starts.seen == [(prompt()[0].tolist(), {}, "LlamaForCausalLM")]
+
+
+def test_hook_propose():
+    model, out = run(None, Oracle(answer()), tokens=20)
+    assert out[0].tolist() == answer(20)
+    assert model.stats.forwards < 15
+
+
+def test_hook_merge():
+    class First:
+        @hookimpl
+        def merge(self, trees):
+            return trees[0]
+
+    model, out = run(None, Oracle(answer()), plugins=[First()])
+    assert model.stats.forwards == 12
+    assert out[0].tolist() == answer(12)
+
+
+def test_hook_extend():
+    right = answer(40)
+
+    class Continues:
+        """Grafts the right token below the deepest node of the merged tree."""
+
+        name = "continues"
+
+        @hookimpl
+        def extend(self, step, tree):
+            node, depth = 0, 0
+            tokens, parents, claims = tree.tokens.tolist(), tree.parents.tolist(), tree.log_probs.tolist()
+            while (child := tree.child(node, right[len(step.ids) + depth])) is not None:
+                node, depth = child, depth + 1
+            return TokenTree.of(
+                [*tokens, right[len(step.ids) + depth]], [*parents, node], [*claims, claims[node] - 0.01]
+            )
+
+    model, out = run(None, Oracle(right, depth=2, lie=99), Continues(), tokens=20)
+    assert out[0].tolist() == answer(20)
+    assert model.stats.accepted["continues"][3] > 0
+
+
+def test_hook_append():
+    class Hangs:
+        """One row below every node, with the embedding of a token: its answer is what the model says after it."""
+
+        name = "hangs"
+
+        def __init__(self, model):
+            self.row = model.get_input_embeddings().weight[5:6].detach()
+            self.answers = []
+
+        @hookimpl
+        def append(self, tree):
+            nodes = np.arange(len(tree))
+            return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(tree)))
+
+        @hookimpl
+        def observe(self, step):
+            self.answers.append((list(step.ids), step.answers[self].logits))
+
+    base = tiny()
+    hangs = Hangs(base)
+    run(base, Oracle(answer()), hangs)
+    assert len(hangs.answers) > 2
+    for ids, logits in hangs.answers[:-2]:  # near the end there is no room for a row below the last token
+        expected = base(torch.tensor([[*ids[:-1], 5]])).logits[0, -1]
+        torch.testing.assert_close(logits[0], expected)
+
+
+def test_hook_fit():
+    class Two:
+        @hookimpl
+        def fit(self, tree, appended):
+            return tree.take(np.arange(min(2, len(tree)))), [rows.take(array(), array(0), 1) for rows in appended]
+
+    model, out = run(None, Oracle(answer()), plugins=[Two()])
+    assert out[0].tolist() == answer(12)
+    assert model.stats.rows_per_forward <= 2
+
+
+def test_hook_accept():
+    class Never:
+        """Rejects everything: the root alone."""
+
+        @hookimpl
+        def accept(self, pick):
+            return [(0, pick(0))]
+
+    model, out = run(None, Oracle(answer()), plugins=[Never()])
+    assert out[0].tolist() == answer(12)
+    assert model.stats.forwards == 12
+
+
+def test_hook_observe():
+    class Watches:
+        def __init__(self):
+            self.tokens = []
+
+        @hookimpl
+        def observe(self, step):
+            assert step.tree.tokens[step.path].tolist() == step.ids[-len(step.path) - 1 : -1]
+            self.tokens += step.ids[-len(step.path) :]
+
+    watches = Watches()
+    _, out = run(None, Oracle(answer()), plugins=[watches])
+    assert watches.tokens == out[0, 12:].tolist()
+
+
+def bare(step, **changes):
+    fields = {"tokens": array(step.ids[-1], 3), "parents": array(-1, 0), "log_probs": np.asarray([0.0, -1.0])}
+    fields = {**fields, **changes}
+    return TokenTree(**fields, sources=np.zeros(len(fields["tokens"]), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda s: "three", "expected a TokenTree or None, got str"),
+        (lambda s: bare(s, tokens=[1, 2]), "tokens must be a flat array of integers"),
+        (lambda s: bare(s, parents=array(-1)), "arrays of different or no length"),
+        (lambda s: bare(s, tokens=array((s.ids[-1] + 1) % VOCAB, 3)), "row 0 must be the root"),
+        (lambda s: bare(s, parents=array(-1, 1)), "a parent must come before its children"),
+        (lambda s: bare(s, parents=array(-1, -1)), "a parent must come before its children"),
+        (lambda s: bare(s, tokens=array(s.ids[-1], VOCAB)), "outside the vocabulary of 61"),
+        (lambda s: bare(s, log_probs=np.asarray([0.0, np.nan])), "it must be a number of at most 0"),
+        (lambda s: bare(s, log_probs=np.asarray([-1.0, -0.5])), "claims more than its parent"),
+        (lambda s: TokenTree.of([s.ids[-1], 3, 3], [-1, 0, 0], [0, -1, -1]), "two children of one node"),
+    ],
+)
+def test_a_malformed_tree_names_the_drafter_and_the_fault(fault, message):
+    base = tiny()
+    with pytest.raises(MalformedDraft, match=message) as raised:
+        run(base, Returns(fault, name="clumsy"))
+    assert "drafter 'clumsy'" in str(raised.value)
+    assert len(base.generate(prompt(), max_new_tokens=3, do_sample=False)[0]) == 15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parents": array(9)}, "must hang from a tree node"),
+        ({"nodes": array(4)}, "names a node that the tree does not have"),
+        ({"kinds": array(1)}, "kinds must index the 1 embeddings"),
+        ({"gains": np.asarray([np.nan])}, "gains must be numbers"),
+        ({"gains": np.asarray([1.0, 2.0])}, "different lengths"),
+    ],
+)
+def test_malformed_appended_rows_name_the_drafter_and_the_fault(change, message):
+    class Hangs:
+        name = "clumsy"
+
+        @hookimpl
+        def append(self):
+            fields = {"kinds": array(0), "parents": array(0), "nodes": array(0), "gains": np.ones(1)}
+            return Appended(torch.zeros(1, 32), **{**fields, **change})
+
+    with pytest.raises(MalformedDraft, match=f"'clumsy'.*{message}"):
+        run(None, Hangs())
+
+
+def test_a_misspelt_hook_and_a_wrong_argument_fail_at_compose():
+    class Misspelt:
+        @hookimpl
+        def propsoe(self, step):
+            return None
+
+    class Wrong:
+        @hookimpl
+        def propose(self, steps):
+            return None
+
+    with pytest.raises(TypeError, match="propsoe"):
+        compose(tiny(), Misspelt())
+    with pytest.raises(TypeError, match="steps"):
+        compose(tiny(), Wrong())
+    with pytest.raises(TypeError, match="implements no hook"):
+        compose(tiny(), object())
+    with pytest.raises(TypeError, match="is a class"):
+        compose(tiny(), Oracle)
+    twice = prompt_tokens()
+    with pytest.raises(ValueError, match="given twice"):
+        compose(tiny(), twice, twice)
+
+
+def test_two_drafters_of_one_name_are_told_apart():
+    model = compose(tiny(), prompt_tokens(seed=1), prompt_tokens(seed=2), budget=16)
+    assert list(model.plugins.drafters) == ["ppd", "ppd-2"]
