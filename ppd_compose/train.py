@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def train_prompt_tokens(
     The base is frozen for the duration and left as it was. The same recipe, replies and machine give the same
     rows, whether or not the run was interrupted. Raises `ValueError` when no reply is long enough.
     """
+    recipe = replace(recipe, max_length=min(recipe.max_length, _longest(base, recipe)))
     usable = [r for r in replies if _points(r, recipe)]
     if not usable:
         raise ValueError(f"none of {len(replies)} replies is longer than {recipe.num_prompt_tokens + 2} tokens")
@@ -79,6 +80,13 @@ def train_prompt_tokens(
     with _frozen(base):
         rows = _fit(accelerator, base, usable, recipe, checkpoints)
         return Trained(rows.embeddings.detach().cpu(), evaluate(base, rows, held_out, recipe))
+
+
+def _longest(base: PreTrainedModel, recipe: Recipe) -> int:
+    """Tokens of a sequence whose prompt tokens still see all of it: within the window, where the base has one."""
+    config = base.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings")]
+    return min([limit - recipe.num_prompt_tokens for limit in limits if limit], default=recipe.max_length)
 
 
 @contextmanager

@@ -1,0 +1,70 @@
+"""How much more memory does composing need? Peak resident memory of a generation, plain and composed.
+
+Each is measured in a process of its own, after the model is loaded and the peak was reset (Linux).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import track
+
+from ppd_compose import compose
+from ppd_compose.cli import QUESTION
+from ppd_compose.environment import environment
+from ppd_compose.loading import load_base, load_drafter
+from ppd_compose.prompts import encode
+
+app = typer.Typer()
+
+
+@app.command()
+def peak(kind: str, dtype: str, max_new_tokens: int) -> None:
+    """Print the peak of one generation in KiB; `kind` is "plain" or "composed"."""
+    loaded = load_base("demo", dtype)
+    model = loaded.model if kind == "plain" else compose(loaded.model, load_drafter("ppd"))
+    ids = torch.tensor([encode(loaded.tokenizer, QUESTION)])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+
+
+@app.command()
+def compare(
+    dtype: str = "bfloat16",
+    max_new_tokens: int = 256,
+    rounds: Annotated[int, typer.Option(help="Processes of each kind, in turns.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+) -> None:
+    """Print the ratio of median peaks, and as the last line the result as JSON."""
+    peaks: dict[str, list[int]] = {"plain": [], "composed": []}
+    for _ in track(range(rounds)):
+        for kind, seen in peaks.items():
+            command = [sys.executable, __file__, "peak", kind, dtype, str(max_new_tokens)]
+            seen.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+    model = load_base("demo", dtype).model
+    command_line = f"python benchmarks/memory.py compare --dtype {dtype} --max-new-tokens {max_new_tokens}"
+    result = {
+        "environment": environment(model, command_line),
+        "peak_kib": peaks,
+        "ratio": median(peaks["composed"]) / median(peaks["plain"]),
+        "adapter_parameters": load_drafter("ppd").embeddings.numel(),
+        "base_parameters": model.num_parameters(),
+    }
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app()

