@@ -47,8 +47,7 @@ class Picker:
     def over(self, logits: Tensor, prefix: Callable[[int], Tensor]) -> Callable[[int], int]:
         """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it."""
         if not (self.processors or self.do_sample or self.keep):
-            picks = logits.argmax(-1).tolist()
-            return lambda node: int(picks[node])
+            return _argmax(logits)
         return lambda node: self._pick(logits[node][None], prefix(node))
 
     def _pick(self, logits: Tensor, ids: Tensor) -> int:
@@ -61,3 +60,12 @@ class Picker:
         if not self.do_sample:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+
+
+def _argmax(logits: Tensor) -> Callable[[int], int]:
+    """Greedy picks in float32, as `generate` takes them: on the host only the rows asked for, on an accelerator all
+    rows in one download."""
+    if logits.device.type == "cpu":
+        return lambda node: int(logits[node].float().argmax())
+    picks = logits.float().argmax(-1).tolist()
+    return lambda node: int(picks[node])

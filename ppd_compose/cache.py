@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -53,17 +52,16 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     """
     layers: list[Any] = list(cache.layers)
     for layer in layers:
-        start = layer.keys.shape[-2] - rows
-        layer.keys = _kept(layer.keys, start, path)
-        layer.values = _kept(layer.values, start, path)
+        layer.keys = _kept(layer.keys, rows, path)
+        layer.values = _kept(layer.values, rows, path)
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= rows - len(path)
             layer.crop(0)
 
 
-def _kept(states: Tensor, start: int, path: Sequence[int]) -> Tensor:
-    end = start + len(path)
-    if path[-1] + 1 != len(path):
-        index = torch.tensor(path, device=states.device) + start
-        states[..., start:end, :] = states.index_select(-2, index)
-    return states[..., :end, :]
+def _kept(states: Tensor, rows: int, path: Sequence[int]) -> Tensor:
+    start = states.shape[-2] - rows
+    for to, row in enumerate(path):
+        if to != row:  # a path ascends, so a row is read before it is written over
+            states.select(-2, start + to).copy_(states.select(-2, start + row))
+    return states.narrow(-2, 0, start + len(path))

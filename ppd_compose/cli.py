@@ -27,6 +27,7 @@ train = typer.Typer(no_args_is_help=True, help="Train drafters on a base model's
 app.add_typer(train, name="train")
 console = Console(stderr=True)
 
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
 BaseOption = Annotated[str, typer.Option(help="Folder or Hub id of the base; 'demo' is SmolLM2-135M-Instruct.")]
@@ -47,15 +48,15 @@ RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; me
 def main() -> None:
     """Run a command; what the user can mend is told in one line, without a traceback."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = app(standalone_mode=False)  # an exit code, where typer ended the command itself
     except (KeyboardInterrupt, typer.Abort):
-        console.print("[yellow]interrupted[/]")
-        sys.exit(130)
+        code = INTERRUPTED
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         console.print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
-        sys.exit(1)
+        code = 1
+    if code == INTERRUPTED:
+        console.print("[yellow]interrupted[/]")
+    sys.exit(code or 0)
 
 
 @train.command("ppd")

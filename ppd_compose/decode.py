@@ -23,7 +23,7 @@ from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
 from .tree import Appended, TokenTree, ancestors, shallow
-from .verify import Context, Verified, verify
+from .verify import Context, Verified, last_states, verify
 
 
 @dataclass
@@ -59,43 +59,50 @@ class Decoding:
         self.sequence = Growing(request.ids)
         vocab = model.config.get_text_config().vocab_size
         self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room)
-        self.context = Context(request.visible[:-1].cpu())
+        self.context = Context(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self._last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         self.done = False
 
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
         with self.stats.stage("prefill"):
-            self.prefill()
+            verified = self.prefill()
         self.hook.start(step=self.step, model=self.model)
+        self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
         while not self.done:
             self.advance()
         return self.sequence.all()
 
-    def prefill(self) -> None:
-        """Bring all but the last token into the cache, in chunks where asked for."""
+    def prefill(self) -> Verified:
+        """Bring the prompt into the cache, in chunks where asked for; what the model says after its last token."""
         request, start = self.request, self.request.cached
-        new = request.ids[:, -(len(request.visible) - start) : -1].to(self.model.device)
+        new = request.ids[:, -(len(request.visible) - start) :].to(self.model.device)
         positions = (request.visible.cumsum(0) - 1).clamp(min=0)[None].to(self.model.device)
-        for chunk in new.split(request.chunk or new.shape[1], dim=1) if new.shape[1] else ():
+        for chunk in new.split(request.chunk or new.shape[1], dim=1):
             end = start + chunk.shape[1]
             seen = request.visible[:end]
-            self.model(
+            out = self.model(
                 input_ids=chunk,
                 attention_mask=None if bool(seen.all()) else seen[None].long().to(self.model.device),
                 position_ids=positions[:, start:end],
                 past_key_values=request.cache,
                 use_cache=True,
+                return_dict=True,
+                **self.kwargs,
                 **self._last_logits,
             )
             start = end
+        return Verified(out.logits[0, -1:], [], last_states(out))
 
     def advance(self) -> None:
-        """One step: draft, one forward, accept, commit."""
-        tree = self.draft()
-        tree, appended = self.fit(tree)
+        """One step: draft, one forward, and take what the model says."""
+        tree, appended = self.fit(self.draft())
         with self.stats.stage("verify"):
             verified = verify(self.model, self.request.cache, self.context, tree, list(appended.values()), self.kwargs)
+        self.take(tree, appended, verified)
+
+    def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
+        """Accept a path, commit it and let everyone know."""
         with self.stats.stage("accept"):
             path = self.accept(tree, verified)
         with self.stats.stage("commit"):
@@ -134,15 +141,16 @@ class Decoding:
                     appended[drafter] = check_appended(rows, name, tree)
         with self.stats.stage("fit"):
             # A row deeper than the room left can never be used, and may lie beyond the model's last position.
-            tree, rows = shallow(tree, list(appended.values()), self.step.room - 1)
-            tree, cut = self.hook.fit(step=self.step, tree=tree, appended=rows)
+            blocks: Sequence[Appended] = list(appended.values())
+            if self.step.room <= self.step.budget.max_rows:
+                tree, blocks = shallow(tree, blocks, self.step.room - 1)
+            tree, cut = self.hook.fit(step=self.step, tree=tree, appended=blocks)
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
 
     def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
         """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""
-        see = ancestors(tree.parents)
         start = self.sequence.length
-        pick = self.request.picker.over(verified.logits, lambda node: self._prefix(tree, see, start, node))
+        pick = self.request.picker.over(verified.logits, lambda node: self._prefix(tree, start, node))
         path = []
         for node, token in self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick):
             path.append(node)
@@ -156,9 +164,9 @@ class Decoding:
                 break
         return path
 
-    def _prefix(self, tree: TokenTree, see: Any, start: int, node: int) -> Tensor:
+    def _prefix(self, tree: TokenTree, start: int, node: int) -> Tensor:
         """The sequence `[1, length]` up to `node`."""
-        tokens = torch.from_numpy(tree.tokens[see[node]][1:])
+        tokens = torch.from_numpy(tree.tokens[ancestors(tree.parents)[node]][1:])
         return torch.cat([self.sequence.first(start), tokens[None].to(self.request.ids.device)], dim=1)
 
     def commit(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified, path: list[int]) -> None:

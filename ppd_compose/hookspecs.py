@@ -38,7 +38,10 @@ def forward_kwargs(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @hookspec
 def start(step: Step, model: PreTrainedModel) -> None:
-    """A sequence begins: its prompt is in the KV cache, all but the last token, and `step.memory` is empty."""
+    """A sequence begins: its prompt is in the KV cache, and `step.memory` is empty.
+
+    The first token is then accepted after the prompt's last one, as a step whose tree is that root alone.
+    """
 
 
 @hookspec

@@ -6,6 +6,7 @@ Knows how the command line names bases. Does not compose.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> Load
     """Load `source` with sdpa attention. Raises `ValueError` for an unknown dtype, `OSError` for an unknown model."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: take one of {', '.join(DTYPES)}")
-    place, name, origin = source, source, source
+    place, name, origin = source, Path(source).name if Path(source).is_dir() else source, source
     if source == "demo":
         found = find_demo_base()
         place, name, origin = str(found.folder), REPO, found.origin

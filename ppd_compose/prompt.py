@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import Adapter, read_adapter, write_adapter
@@ -23,7 +23,8 @@ from .step import Answer, Step
 from .tree import Appended, Floats, TokenTree
 
 WIDTH = 10  # guesses taken from each distance
-TYPICAL_NODES = 12  # candidates assumed when a prompt token's worth is estimated
+BLOCK = 256  # entries of the vocabulary that are searched together
+TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
 
 
 class PromptTokens:
@@ -107,7 +108,9 @@ class PromptTokens:
         if answer is None or not len(answer.kinds):
             return None
         log_probs, tokens = self._guesses(answer)
-        return TokenTree.product(step.ids[-1], tokens.tolist(), log_probs.tolist(), step.budget.max_rows)
+        return TokenTree.product(
+            step.ids[-1], list(tokens.numpy(force=True)), list(log_probs.numpy(force=True)), step.budget.max_rows
+        )
 
     @hookimpl
     def append(self, step: Step, tree: TokenTree) -> Appended:
@@ -129,22 +132,32 @@ class PromptTokens:
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
         # A row's parent stands before it, so the rows that the budget left make up the first distances.
         distance = answer.kinds // self.embeddings.shape[1]
-        log_probs, tokens = [], []
-        for i in range(int(distance.max()) + 1):
-            logits = answer.logits[torch.from_numpy(distance == i).to(answer.logits.device)].float()
-            top, best = self._average(logits)
-            log_probs.append(top)
-            tokens.append(best)
-        return torch.stack(log_probs), torch.stack(tokens)
+        if len(distance) == distance[-1] + 1:
+            return _best(answer.logits.float())
+        groups = [answer.logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
+        return _best(torch.stack([average(logits) for logits in groups]))
 
-    @staticmethod
-    def _average(logits: Tensor) -> tuple[Tensor, Tensor]:
-        if len(logits) == 1:
-            top, best = logits[0].topk(min(WIDTH, logits.shape[-1]))
-            return top - logits[0].logsumexp(-1), best
-        mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
-        top, best = mean.topk(min(WIDTH, len(mean)))
-        return top, best
+
+def average(logits: Tensor) -> Tensor:
+    """Log of the mean distribution `[vocab]` float32 over `logits` `[embeddings, vocab]` (PPD, section 3.2)."""
+    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens of the WIDTH best `[distances, WIDTH]`.
+
+    The best of each block come first and then the best of the best blocks: the same as one `topk`, in a quarter
+    of its time on a CPU.
+    """
+    distances, vocab = logits.shape
+    if vocab <= BLOCK * WIDTH:
+        top, best = logits.topk(min(WIDTH, vocab))
+        return top - logits.logsumexp(-1, keepdim=True), best
+    padded = nn.functional.pad(logits, (0, -vocab % BLOCK), value=-math.inf) if vocab % BLOCK else logits
+    blocks = padded.view(distances, -1, BLOCK)
+    chosen = blocks.amax(-1).topk(WIDTH).indices
+    top, at = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(WIDTH)
+    return top - logits.logsumexp(-1, keepdim=True), chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
 def marginal_gains(accuracy: Floats, nodes: int) -> Floats:

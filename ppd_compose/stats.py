@@ -21,9 +21,9 @@ class Stats:
     """Counts of one call of `generate`. Depth 1 is the first guessed token."""
 
     drafters: tuple[str, ...] = ()
-    forwards: int = 0  # verify forwards; the prefill is not among them
+    forwards: int = 0  # the prefill, which yields the first token, and the verify forwards
     tokens: int = 0
-    rows: int = 0  # of all verify forwards, appended rows included
+    rows: int = 0  # of all forwards, appended rows included; a prefill counts as one row
     candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -32,7 +32,7 @@ class Step:
     vocab_size: int
     budget: Budget
     room: int  # tokens that may still be generated
-    index: int = 0  # steps done
+    index: int = 0  # steps done, the prefill included
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first

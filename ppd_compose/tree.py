@@ -5,13 +5,12 @@ Knows how trees are built, cut, merged and checked. Does not know models or wher
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
@@ -32,11 +31,11 @@ class TokenTree:
         return len(self.tokens)
 
     @classmethod
-    def of(cls, tokens: Sequence[int], parents: Sequence[int], log_probs: Sequence[float]) -> TokenTree:
-        """From plain lists, root first."""
+    def of(cls, tokens: ArrayLike, parents: ArrayLike, log_probs: ArrayLike) -> TokenTree:
+        """From plain lists or arrays, root first."""
         ints = np.int64
-        sources = np.zeros(len(tokens), ints)
-        return cls(np.asarray(tokens, ints), np.asarray(parents, ints), np.asarray(log_probs, float), sources)
+        words = np.asarray(tokens, ints)
+        return cls(words, np.asarray(parents, ints), np.asarray(log_probs, float), np.zeros(words.shape, ints))
 
     @classmethod
     def chain(cls, root: int, tokens: Sequence[int] = (), log_probs: Sequence[float] = ()) -> TokenTree:
@@ -45,26 +44,27 @@ class TokenTree:
         return cls.of([root, *tokens], list(range(-1, len(tokens))), path.tolist())
 
     @classmethod
-    def product(
-        cls, root: int, tokens: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], size: int
-    ) -> TokenTree:
+    def product(cls, root: int, tokens: Sequence[ArrayLike], log_probs: Sequence[ArrayLike], size: int) -> TokenTree:
         """The `size` likeliest nodes when every depth is guessed on its own.
 
         Args:
             tokens: `[depth][rank]`, the best first.
             log_probs: `[depth][rank]`, the claim for each token, whatever stands before it.
         """
-        made = [(root, -1, 0.0)]
-        queue = [(-log_probs[0][0], 0, 0, 0)] if tokens else []
-        while queue and len(made) < size:
-            score, depth, rank, parent = heapq.heappop(queue)
-            made.append((tokens[depth][rank], parent, -score))
-            if rank + 1 < len(tokens[depth]):
-                sibling = made[parent][2] + log_probs[depth][rank + 1]
-                heapq.heappush(queue, (-sibling, depth, rank + 1, parent))
-            if depth + 1 < len(tokens):
-                heapq.heappush(queue, (score - log_probs[depth + 1][0], depth + 1, 0, len(made) - 1))
-        return cls.of(*map(list, zip(*made, strict=True)))
+        levels = [(np.asarray([root]), np.asarray([-1]), np.zeros(1))]
+        offset = 0
+        for words, claims in zip(tokens, log_probs, strict=True):
+            # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
+            claimed = levels[-1][2]
+            scores = (claimed[:, None] + np.asarray(claims)).ravel()
+            best = np.argsort(-scores, kind="stable")[:size]
+            levels.append((np.asarray(words)[best % np.size(words)], offset + best // np.size(words), scores[best]))
+            offset += len(claimed)
+        columns = [np.concatenate(column) for column in zip(*levels, strict=True)]
+        # Stable, and a parent stands before its children: of equals it is taken first.
+        kept = np.sort(np.argsort(-columns[2], kind="stable")[:size])
+        at = renumber(kept, len(columns[0]))
+        return cls.of(columns[0][kept], at[columns[1][kept]], columns[2][kept])
 
     def marked(self, sources: int) -> TokenTree:
         """The same tree, every node but the root proposed by `sources`."""

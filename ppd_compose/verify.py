@@ -60,9 +60,18 @@ def verify(
     )
     sizes = [len(tree), *map(len, appended)]
     logits, *answers = out.logits[0].split(sizes)
+    return Verified(logits, list(answers), _states(out))
+
+
+def _states(out: Any) -> tuple[Tensor | None, ...] | None:
     states = getattr(out, "hidden_states", None)
-    hidden = None if states is None else tuple(None if s is None else s[0] for s in states)
-    return Verified(logits, list(answers), hidden)
+    return None if states is None else tuple(None if s is None else s[0] for s in states)
+
+
+def last_states(out: Any) -> tuple[Tensor | None, ...] | None:
+    """By layer the state of a forward's last row `[1, hidden]`, where states were asked for."""
+    states = _states(out)
+    return None if states is None else tuple(None if s is None else s[-1:] for s in states)
 
 
 def _rows(model: PreTrainedModel, tree: TokenTree, appended: Sequence[Appended]) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import prompt, prompt_tokens, tiny
+
 from ppd_compose import PromptTokens, compose
 from ppd_compose.identity import Identity
 from ppd_compose.storage import staged_file, staged_folder
-from safetensors.torch import save_file
-from tiny import prompt, prompt_tokens, tiny
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -130,7 +131,7 @@ def test_a_config_that_is_no_config(saved, text):
 
 
 def test_rows_of_nan_and_of_another_kind(saved):
-    tokens, folder = saved
+    _, folder = saved
     key = "base_model.model.model.embed_tokens.ppd_embeddings"
     save_file({key: torch.full((6, 32), float("nan"))}, folder / TENSORS)
     with pytest.raises(ValueError, match="NaN"):
@@ -151,10 +152,14 @@ def test_no_prompt_tokens_or_no_embeddings(shape):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(RuntimeError), staged_file(tmp_path / "file") as staging:
-        staging.write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), staged_folder(tmp_path / "folder") as staging:
-        (staging / "part").write_text("half")
-        raise RuntimeError
+
+    def fails(stage, name):
+        with stage as staging:
+            (staging / name if name else staging).write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails(staged_file(tmp_path / "file"), "")
+    with pytest.raises(RuntimeError):
+        fails(staged_folder(tmp_path / "folder"), "part")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "before")]

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from ppd_compose import Budget, compose
 from tiny import Oracle, prompt, prompt_tokens, tiny
+
+from ppd_compose import Budget, compose
 
 
 def steep(cost: float) -> Budget:
@@ -50,7 +51,9 @@ def test_measured_seconds_are_positive_and_rise_with_the_rows(tmp_path):
     assert Budget.load(tmp_path / "budget.json") == budget
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": [1]}', json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]})])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rows": [1]}', json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]})]
+)
 def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "budget.json"
     path.write_text(text)

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from ppd_compose import PromptTokens, cli, demo_base
-from ppd_compose.identity import Identity
 from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
 from typer.testing import CliRunner
+
+from ppd_compose import PromptTokens, cli, demo_base
+from ppd_compose.identity import Identity
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,9 @@ def test_every_command_has_help():
 
 
 def test_generate_writes_the_bases_answer(place):
-    told = invoke("generate", "abcdef", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--rows", 8)
+    told = invoke(
+        "generate", "abcdef", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--rows", 8
+    )
     base, words = tiny(dtype=torch.float32, eos=60), tokenizer()
     ids = torch.tensor([words("abcdef")["input_ids"]])
     expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
@@ -109,7 +112,10 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
     [
         (["train", "ppd", "--prompts", "{}/bad.jsonl", "--out", "{}/x", "--base", "{}/base"], "bad.jsonl, line 1"),
         (["train", "ppd", "--prompts", "{}/none.jsonl", "--out", "{}/x", "--base", "{}/base"], "none.jsonl"),
-        (["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/x", "--steps", "0"], "steps must be at least 1"),
+        (
+            ["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/x", "--steps", "0"],
+            "steps must be at least 1",
+        ),
         (["generate", "a", "--base", "{}/base", "--dtype", "int3"], "dtype 'int3' is unknown"),
         (["generate", "a", "--base", "{}/base", "--adapter", "{}/nothing"], "is no folder"),
         (["demo", "--base", "{}/base", "--adapter", "{}/base"], "adapter_config.json is missing"),

@@ -5,7 +5,6 @@ import string
 
 import pytest
 import torch
-from ppd_compose import Budget, PromptTokens, compose, hookimpl
 from tiny import Oracle, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -21,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
     pipeline,
 )
+
+from ppd_compose import Budget, PromptTokens, compose, hookimpl
 
 
 def tokenizer():
@@ -202,5 +203,5 @@ def test_the_budget_is_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_prompt_tokens_for_another_base_name_both():
-    with pytest.raises(ValueError, match="hidden size 16.*hidden 32"):
+    with pytest.raises(ValueError, match=r"hidden size 16.*hidden 32"):
         compose(tiny(), PromptTokens(torch.zeros(1, 1, 16)))

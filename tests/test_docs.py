@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from ppd_compose import PromptTokens, shipped
 from tables import render
 from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
+
+from ppd_compose import PromptTokens, shipped
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ppd_compose import compose
 from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
 from transformers import (
     GenerationConfig,
@@ -12,6 +11,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+
+from ppd_compose import compose
 
 
 def pair(family="llama", tokens=40, **kwargs):
@@ -98,7 +99,9 @@ def test_users_processor_and_prefix_function():
     same(base, model, ids, max_new_tokens=40, do_sample=False, prefix_allowed_tokens_fn=allowed)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.3}, {"top_k": 5}, {"top_p": 0.7, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.3}, {"top_k": 5}, {"top_p": 0.7, "repetition_penalty": 1.2}]
+)
 def test_same_seed_same_tokens_as_sampling_with_generate(settings):
     base, model, ids = pair()
     for seed in range(5):

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import ppd_compose
 import pytest
+
+import ppd_compose
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).glob("*.py"))

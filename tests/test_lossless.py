@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from ppd_compose import compose
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
+
+from ppd_compose import compose
 
 # Gemma 2 caps its attention scores, which transformers offers in eager alone.
 PAIRS = [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")]

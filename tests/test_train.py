@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from tiny import FAMILIES, prompt, tiny
+
 from ppd_compose import compose
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
@@ -12,7 +14,6 @@ from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import Recipe, make_batch, train_prompt_tokens
-from tiny import FAMILIES, prompt, tiny
 
 RECIPE = Recipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
 
@@ -37,7 +38,12 @@ def test_the_insertion_mask_is_that_of_the_ensemble():
     assert see[:4, :5].tolist() == [[True, True, False, False, False]] * 4
     assert see[4:, :5].tolist() == [[True, True, True, True, False]] * 4
     # Rows of a group: token 0 embeddings 0 and 1, token 1 embeddings 0 and 1.
-    own = [[True, False, False, False], [False, True, False, False], [True, False, True, False], [False, True, False, True]]
+    own = [
+        [True, False, False, False],
+        [False, True, False, False],
+        [True, False, True, False],
+        [False, True, False, True],
+    ]
     assert see[:4, 5:9].tolist() == own
     assert not see[:4, 9:].any()
 
@@ -62,7 +68,9 @@ def test_the_loss_is_the_divergence_from_the_models_own_distribution(family):
             guess, target = torch.stack(each).mean(0).log(), own[point + 1 + i]
             expected[i] += (target.exp() * (target - guess)).sum() / 3
     taught = rows(base, batch, 0.8)
-    torch.testing.assert_close(taught.loss, ((expected * torch.tensor([1.0, 0.8])).sum() / 2).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        taught.loss, ((expected * torch.tensor([1.0, 0.8])).sum() / 2).float(), rtol=1e-4, atol=1e-4
+    )
     assert taught.truth.tolist() == [ids[s][p + 2 : p + 4].tolist() for s, p in ((0, 3), (0, 5), (1, 7))]
 
 

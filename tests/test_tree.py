@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from tiny import array
+
 from ppd_compose import Appended, TokenTree
 from ppd_compose.tree import ancestors, cut, row_depths, shallow, stacked_parents, union
-from tiny import array
 
 
 def paths(tree):

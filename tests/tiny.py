@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import transformers
+
 from ppd_compose import PromptTokens, TokenTree, hookimpl
 
 VOCAB = 61
@@ -31,7 +32,10 @@ FAMILIES = {
     "gpt2": ("GPT2", GPT2),
     "gpt_neox": ("GPTNeoX", COMMON),
     "opt": ("OPT", OPT),
-    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}),
+    "mixtral": (
+        "Mixtral",
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    ),
     "olmo2": ("Olmo2", GROUPED),
     "smollm3": ("SmolLM3", {**GROUPED, "pad_token_id": 0, "no_rope_layers": [1, 0, 1]}),
 }
