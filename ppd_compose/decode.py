@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
 from .budget import Budget
-from .cache import commit
+from .cache import commit, recording
 from .check import check_appended, check_tree
 from .plugins import Plugins
 from .stats import Stats
@@ -67,10 +67,12 @@ class Decoding:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
         with self.stats.stage("prefill"):
             verified = self.prefill()
-        self.hook.start(step=self.step, model=self.model)
-        self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
-        while not self.done:
-            self.advance()
+        # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
+        with recording(self.request.cache):
+            self.hook.start(step=self.step, model=self.model)
+            self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
+            while not self.done:
+                self.advance()
         return self.sequence.all()
 
     def prefill(self) -> Verified:

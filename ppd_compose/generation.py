@@ -16,7 +16,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .accept import Picker
 from .budget import Budget
-from .cache import recording
 from .decode import Decoding, Request
 from .measured import measured_budget
 from .plugins import Plugins
@@ -102,8 +101,7 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
         if streamer is not None:
             streamer.put(input_ids.cpu())
         model.stats = Stats(tuple(model.plugins.drafters))
-        with recording(request.cache):
-            sequences = Decoding(model, model.plugins, model.stats, request).run()
+        sequences = Decoding(model, model.plugins, model.stats, request).run()
         if not generation_config.return_dict_in_generate:
             return sequences
         return _output(sequences, picker, request, generation_config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,8 +75,3 @@ class Stats:
             "accepted": {name: dict(sorted(c.items())) for name, c in self.accepted.items()},
             "seconds": dict(self.seconds),
         }
-
-
-def names_of(sources: int, drafters: Sequence[str]) -> list[str]:
-    """The drafters whose bits are set in `sources`."""
-    return [name for bit, name in enumerate(drafters) if sources >> bit & 1]

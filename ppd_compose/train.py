@@ -125,6 +125,7 @@ def _fit(
             hits = (taught.log_probs.argmax(-1) == taught.truth).float().mean(0)
             bar.update(task, advance=1, loss=taught.loss.item(), top1=_percent(hits.tolist()))
             if step % recipe.checkpoint_every == 0 or step == recipe.steps:
+                bar.console.print(f"step {step}: loss {taught.loss.item():.3f}, top-1 {_percent(hits.tolist())}")
                 _checkpoint(accelerator, folder, step, recipe)
     return rows
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,3 +158,38 @@ def test_no_source_has_the_base(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="--base"):
         demo_base.find_demo_base()
     assert not (tmp_path / "SmolLM2-135M-Instruct-Q4_1").exists()
+
+
+def fake_conversion(monkeypatch, tmp_path, convert):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_base, "_from_hub_cache", lambda: None)
+    monkeypatch.setattr(demo_base, "_from_hub", lambda: None)
+    monkeypatch.setattr(demo_base, "_fetch_gguf", lambda scratch: scratch / "x.gguf")
+    monkeypatch.setattr(demo_base, "_convert", convert)
+
+
+def test_two_at_once_convert_the_base_once(tmp_path, monkeypatch):
+    converted = []
+
+    def convert(gguf, folder, progress, task):
+        converted.append(folder)
+        time.sleep(0.2)
+        (folder / "config.json").write_text("{}")
+
+    fake_conversion(monkeypatch, tmp_path, convert)
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.result() for future in [pool.submit(demo_base.find_demo_base) for _ in range(2)]]
+    assert found[0] == found[1]
+    assert len(converted) == 1
+    assert (found[0].folder / "config.json").is_file()
+
+
+def test_a_conversion_that_dies_half_way_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    def convert(gguf, folder, progress, task):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    fake_conversion(monkeypatch, tmp_path, convert)
+    with pytest.raises(KeyboardInterrupt):
+        demo_base.find_demo_base()
+    assert [path.name for path in tmp_path.iterdir()] == ["SmolLM2-135M-Instruct-Q4_1.lock"]
