@@ -45,7 +45,7 @@ def exactness() -> str:
     """What was compared with plain generate, and what came of it."""
     full = load("specbench-float32")
     told, sampling, memory = full["runs"][0], load("distribution"), load("memory")
-    host = load("host-64-rows")["runs"][0]
+    host = load("host")
     gaps = [d["gap"] for d in told["divergences"]]
     ties = f"; the others part at logits {max(gaps):.1e} apart or less" if gaps else ""
     half = load("specbench-bfloat16")["runs"][0]
@@ -59,7 +59,8 @@ def exactness() -> str:
             f"where the two best logits are {worst:.3f} apart or less |",
             f"| sampling, {sampling['draws']:,} draws | total variation {sampling['total_variation']:.4f} to the exact "
             f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
-            f"| host work at {host['rows_per_forward']:.0f} rows | {host['host_ms_per_step']:.2f} ms a step |",
+            f"| host work at 64 rows | {host['narrow']['milliseconds']['host']:.2f} ms a step for Python, numpy and dispatch "
+            f"(30 layers, tiny width); {host['smollm2']['milliseconds']['host']:.2f} ms with SmolLM2's logits and KV cache |",
             f"| peak memory of a generation | {100 * (memory['ratio'] - 1):+.2f} % over plain generate |",
             f"| adapter | {memory['adapter_parameters']:,} parameters, "
             f"{100 * memory['adapter_parameters'] / memory['base_parameters']:.4f} % of the base's |",

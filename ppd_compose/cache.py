@@ -51,17 +51,16 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     and the layer keeps a view of what remains.
     """
     layers: list[Any] = list(cache.layers)
+    moved = [(to - rows, row - rows) for to, row in enumerate(path) if to != row]
     for layer in layers:
-        layer.keys = _kept(layer.keys, rows, path)
-        layer.values = _kept(layer.values, rows, path)
+        layer.keys = _kept(layer.keys, moved, rows - len(path))
+        layer.values = _kept(layer.values, moved, rows - len(path))
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= rows - len(path)
             layer.crop(0)
 
 
-def _kept(states: Tensor, rows: int, path: Sequence[int]) -> Tensor:
-    start = states.shape[-2] - rows
-    for to, row in enumerate(path):
-        if to != row:  # a path ascends, so a row is read before it is written over
-            states.select(-2, start + to).copy_(states.select(-2, start + row))
-    return states.narrow(-2, 0, start + len(path))
+def _kept(states: Tensor, moved: Sequence[tuple[int, int]], dropped: int) -> Tensor:
+    for to, row in moved:  # a path ascends, so a row is read before it is written over
+        states.select(-2, to).copy_(states.select(-2, row))
+    return states.narrow(-2, 0, states.shape[-2] - dropped) if dropped else states

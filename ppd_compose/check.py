@@ -52,7 +52,7 @@ def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
         yield f"node {bad[0]} claims log-probability {claim[bad[0]]}: it must be a number of at most 0"
     if (bad := np.flatnonzero(claim[1:] > claim[tree.parents[1:]] + 1e-6)).size:
         yield f"node {bad[0] + 1} claims more than its parent: log_probs are those of the whole path"
-    if len(np.unique(tree.parents * vocab_size + tree.tokens)) < len(tree):
+    if len(set((tree.parents * vocab_size + tree.tokens).tolist())) < len(tree):
         yield "two children of one node hold the same token"
 
 
