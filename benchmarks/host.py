@@ -1,7 +1,7 @@
 """How long does the host work in a step? Milliseconds by stage at 64 rows, all that is neither prefill nor forward.
 
-Once on a random model of SmolLM2's 30 layers but a tiny width and vocabulary, where what remains is Python, numpy and the
-dispatch of tensor operations; and once on SmolLM2 itself, where on a CPU the search through 49,152 logits and the
+Once on a random model of SmolLM2's 30 layers but a tiny width and vocabulary, where what remains is Python, numpy and
+the dispatch of tensor operations; and once on SmolLM2 itself, where on a CPU the search through 49,152 logits and the
 movement of keys and values are counted too.
 """
 

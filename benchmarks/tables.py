@@ -48,6 +48,7 @@ def exactness() -> str:
     host = load("host")
     gaps = [d["gap"] for d in told["divergences"]]
     ties = f"; the others part at logits {max(gaps):.1e} apart or less" if gaps else ""
+    stages = {kind: host[kind]["milliseconds"]["host"] for kind in ("narrow", "smollm2")}
     half = load("specbench-bfloat16")["runs"][0]
     worst = max((d["gap"] for d in half["divergences"]), default=0.0)
     return "\n".join(
@@ -59,8 +60,8 @@ def exactness() -> str:
             f"where the two best logits are {worst:.3f} apart or less |",
             f"| sampling, {sampling['draws']:,} draws | total variation {sampling['total_variation']:.4f} to the exact "
             f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
-            f"| host work at 64 rows | {host['narrow']['milliseconds']['host']:.2f} ms a step for Python, numpy and dispatch "
-            f"(30 layers, tiny width); {host['smollm2']['milliseconds']['host']:.2f} ms with SmolLM2's logits and KV cache |",
+            f"| host work at 64 rows | {stages['narrow']:.2f} ms a step for Python, numpy and dispatch (30 layers, tiny "
+            f"width); {stages['smollm2']:.2f} ms with SmolLM2's logits and KV cache |",
             f"| peak memory of a generation | {100 * (memory['ratio'] - 1):+.2f} % over plain generate |",
             f"| adapter | {memory['adapter_parameters']:,} parameters, "
             f"{100 * memory['adapter_parameters'] / memory['base_parameters']:.4f} % of the base's |",
