@@ -115,24 +115,25 @@ class Decoding:
 
     def draft(self) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""
-        step, root = self.step, self.step.ids[-1]
-        trees = [TokenTree.chain(root)]
+        step = self.step
+        trees = [TokenTree.chain(step.ids[-1])]
         for name, _, propose in self.proposers:
             with self.stats.stage(f"propose {name}"):
-                trees += self._checked(name, propose(step=step))
+                trees += [made.marked(self.bits[name]) for made in self._checked(name, propose(step=step))]
         with self.stats.stage("merge"):
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
         grown = [tree]
         for name, _, extend in self.extenders:
             with self.stats.stage(f"extend {name}"):
-                grown += self._checked(name, extend(step=step, tree=tree))
+                made = self._checked(name, extend(step=step, tree=tree))
+                grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
         if len(grown) > 1:
             tree = self.hook.merge(step=step, trees=grown)
         return tree
 
     def _checked(self, name: str, trees: Sequence[TokenTree]) -> list[TokenTree]:
         root, vocab = self.step.ids[-1], self.step.vocab_size
-        return [check_tree(tree, name, root, vocab).marked(self.bits[name]) for tree in trees]
+        return [check_tree(tree, name, root, vocab) for tree in trees]
 
     def fit(self, tree: TokenTree) -> tuple[TokenTree, dict[Any, Appended]]:
         """Ask for appended rows, and cut tree and rows to the budget."""

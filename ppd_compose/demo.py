@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .bench import Answered, divergence
 from .compose import compose
 from .hookspecs import hookimpl
 from .loading import LoadedBase
@@ -56,7 +57,7 @@ def demo(loaded: LoadedBase, drafter: Any, question: str, max_new_tokens: int, c
     painter = Painter(loaded.tokenizer, console, ids.shape[1])
     model = compose(loaded.model, drafter, plugins=[painter])
     console.print(f"[bold]{question}[/]\n")
-    # The first call of each measures the machine or warms it up, and is not shown.
+    # Measures the machine, the first time, and warms it up for both.
     compose(loaded.model, drafter).generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
     fast, fast_seconds = _timed(model, ids, max_new_tokens)
     console.print("\n\n[dim]the same with plain generate ...[/]")
@@ -65,7 +66,9 @@ def demo(loaded: LoadedBase, drafter: Any, question: str, max_new_tokens: int, c
         "tokens": fast.shape[1] - ids.shape[1],
         "tokens_per_forward": model.stats.tokens_per_forward,
         "speedup": (fast.shape[1] - ids.shape[1]) / fast_seconds / ((plain.shape[1] - ids.shape[1]) / plain_seconds),
-        "same_tokens": bool(torch.equal(fast, plain)),
+        "divergence": divergence(
+            loaded.model, *(Answered("demo", ids.shape[1], ids=x[0].tolist()) for x in (fast, plain))
+        ),
     }
     console.print(_verdict(told, model.plugins.drafters))
     return told
@@ -78,7 +81,10 @@ def _timed(model: Any, ids: torch.Tensor, max_new_tokens: int) -> tuple[torch.Te
 
 
 def _verdict(told: dict[str, Any], drafters: Any) -> Text:
-    same = "the same tokens" if told["same_tokens"] else "tokens that part at a near tie (half precision rounds)"
+    parted = told["divergence"]
+    same = "the same tokens"
+    if parted is not None:
+        same = f"tokens that part at number {parted['position'] + 1}, the two best logits {parted['gap']:.3f} apart"
     legend = [part for i, name in enumerate(drafters) for part in ((name, COLOURS[i % len(COLOURS)]), " ")]
     return Text.assemble(
         f"\n{told['tokens']} tokens, {told['tokens_per_forward']:.2f} per forward, ",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .identity import Identity
+from .identity import Identity, device_name
 
 PACKAGES = ("ppd_compose", "torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -28,7 +28,7 @@ def environment(model: PreTrainedModel, command: str) -> dict[str, Any]:
         "command": command,
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": _device(model),
+        "device": device_name(model),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
@@ -53,11 +53,3 @@ def _commit() -> str | None:
         return None
     changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-
-
-def _device(model: PreTrainedModel) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU: {names[0] if names else platform.processor() or platform.machine()}"

@@ -1,4 +1,4 @@
-"""What tells one base model from another: the shapes, and a fingerprint of the input embedding.
+"""What tells one base model from another (shapes, a fingerprint of the input embedding), and one device.
 
 Knows nothing of adapters; they store an `Identity` and compare.
 """
@@ -6,6 +6,7 @@ Knows nothing of adapters; they store an `Identity` and compare.
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ class Identity:
 
     def __str__(self) -> str:
         return f"{self.name or 'unnamed base'} (hidden {self.hidden_size}, vocabulary {self.vocab_size})"
+
+
+def device_name(model: PreTrainedModel) -> str:
+    """The device that `model` computes on, as its maker calls it."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    if model.device.type != "cpu":
+        return model.device.type
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU: {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def fingerprint(weight: torch.Tensor) -> str:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .budget import Budget
-from .identity import Identity
+from .identity import Identity, device_name
 from .storage import cache_folder
 
 
@@ -29,7 +29,7 @@ def measured_budget(model: PreTrainedModel) -> Budget:
 
 def _path(model: PreTrainedModel) -> Path:
     """One file for each thing that changes the seconds of a forward."""
-    device = str(model.device) if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
+    device = device_name(model)
     threads = torch.get_num_threads() if model.device.type == "cpu" else 0
     identity = Identity.of(model)
     layers = model.config.get_text_config().num_hidden_layers

@@ -146,8 +146,8 @@ def average(logits: Tensor) -> Tensor:
 def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and tokens of the WIDTH best `[distances, WIDTH]`.
 
-    The best of each block come first and then the best of the best blocks: the same as one `topk`, in a quarter
-    of its time on a CPU.
+    The best of each block come first and then the best of the best blocks: the same as one `topk` over all, which
+    on a CPU is much slower.
     """
     distances, vocab = logits.shape
     if vocab <= BLOCK * WIDTH:

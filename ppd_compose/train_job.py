@@ -9,7 +9,6 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapter import Adapter, write_adapter
 from .card import model_card
-from .identity import Identity
+from .identity import Identity, device_name
 from .prompt import PromptTokens
 from .prompts import Prompt, encode
 from .replies import own_replies
@@ -75,7 +74,5 @@ def train_ppd(
 
 
 def _hardware(base: PreTrainedModel) -> str:
-    where: Any = f"{torch.get_num_threads()} CPU threads"
-    if base.device.type == "cuda":
-        where = torch.cuda.get_device_name(base.device)
-    return f"{where}, {str(base.dtype).removeprefix('torch.')}"
+    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
+    return f"{device_name(base)}{threads}, {str(base.dtype).removeprefix('torch.')}"

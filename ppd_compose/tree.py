@@ -72,6 +72,15 @@ class TokenTree:
         marks[0] = 0
         return replace(self, sources=marks)
 
+    def marked_beyond(self, known: TokenTree, sources: int) -> TokenTree:
+        """The same tree, the nodes whose path `known` does not hold proposed by `sources`, the others by nobody."""
+        at: list[int | None] = [0]
+        for token, parent in zip(self.tokens[1:].tolist(), self.parents[1:].tolist(), strict=True):
+            above = at[parent]
+            at.append(None if above is None else known.child(above, token))
+        marks = [sources if place is None else 0 for place in at]
+        return replace(self, sources=np.asarray(marks, np.int64))
+
     def take(self, nodes: Ints) -> TokenTree:
         """The subtree of `nodes`, which ascend, start at the root and are closed under parents."""
         at = renumber(nodes, len(self))
