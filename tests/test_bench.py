@@ -1,17 +1,18 @@
 """What a benchmark says of two answers that differ, and which questions it takes."""
 
 import pytest
-from ppd_compose.bench import Answered, divergence, questions_from
-from ppd_compose.prompts import Prompt
 from test_compose import tokenizer
 from tiny import prompt, tiny
+
+from ppd_compose.bench import Answered, divergence, questions_from
+from ppd_compose.prompts import Prompt
 
 
 def test_a_difference_is_told_with_its_place_and_the_gap_of_the_bases_logits():
     base = tiny()
     ids = base.generate(prompt(), max_new_tokens=10, do_sample=False)
     theirs = Answered("qa", 12, ids=ids[0].tolist())
-    best = base(ids[:, :16]).logits[0, -1].topk(2)
+    best = base(ids[:, :16]).logits[0, -1].detach().topk(2)
     mine = Answered("qa", 12, ids=[*theirs.ids[:16], int(best.indices[1]), *theirs.ids[17:]])
     told = divergence(base, mine, theirs)
     assert told["position"] == 4
