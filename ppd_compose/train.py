@@ -68,7 +68,8 @@ def train_prompt_tokens(
     """Distil `base` into prompt tokens on its own `replies`, resuming from the newest of `checkpoints`.
 
     The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
-    recipe, replies and machine give the same rows, whether or not the run was interrupted. Raises `ValueError` when no reply is long enough.
+    recipe, replies and machine give the same rows, whether or not the run was interrupted.
+    Raises `ValueError` when no reply is long enough.
     """
     recipe = replace(recipe, max_length=min(recipe.max_length, _longest(base, recipe)))
     usable = [r for r in replies if _points(r, recipe)]
