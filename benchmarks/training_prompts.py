@@ -1,13 +1,14 @@
 """Which prompts are the shipped drafters trained on? Writes them as one JSON-lines file.
 
-Reads GSM8K's training questions, self-instruct's instructions and, where given, ShareGPT's first turns, and
-mixes them with a fixed seed. Never reads Spec-Bench, MT-Bench or GSM8K's test split: those are for evaluation.
+Reads GSM8K's training questions, self-instruct's instructions and, where given, ShareGPT's first turns, passages and
+sentences to translate, and mixes them with a fixed seed. Never reads Spec-Bench, MT-Bench or GSM8K's test split: those are for evaluation.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,34 @@ def conversations(path: Path) -> Iterator[dict[str, Any]]:
         at = text.find("{", at)
         if at < 0:
             return
+
+
+COMMON = {  # words that tell the languages apart
+    "German": {"und", "der", "die", "das", "ist", "nicht", "mit", "für", "ein", "zu"},
+    "French": {"et", "le", "les", "est", "une", "pour", "dans", "que", "des", "vous"},
+    "Spanish": {"el", "los", "es", "una", "para", "con", "que", "por", "las", "del"},
+}
+
+
+def translations(path: Path) -> list[str]:
+    """Sentences of 40 to 300 characters in German, French or Spanish, to be translated."""
+    asked = []
+    for record in conversations(path):
+        for turn in record.get("conversations", []):
+            text = turn["value"]
+            language = language_of(text)
+            sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", text)] if language else []
+            asked += [f"Translate {language} to English: {s}" for s in sentences[:20] if 40 <= len(s) <= 300]
+    return asked
+
+
+def language_of(text: str) -> str | None:
+    """The language whose common words make up over a sixth of `text`."""
+    words = text[:2000].lower().split()
+    for language, common in COMMON.items():
+        if len(words) >= 8 and sum(word in common for word in words) > len(words) / 6:
+            return language
+    return None
 
 
 def is_english(text: str) -> bool:
@@ -78,13 +107,14 @@ def main(
     size: Annotated[int, typer.Option(help="prompts to write")] = 2000,
     seed: int = 0,
 ) -> None:
-    """Mix 50 % chats, 20 % summaries and grounded questions, 15 % mathematics, and all of self-instruct."""
+    """Mix 45 % chats, 20 % summaries and grounded questions, 15 % mathematics, 10 % translations, and self-instruct."""
     dice = random.Random(seed)
     math = [json.loads(line)["question"] for line in gsm8k.read_text(encoding="utf-8").splitlines()]
     questions, passages = sharegpt(chats) if chats else ([], [])
     tasks = self_instruct(instruct)
-    pools = [(questions, 0.50), (grounded(passages, questions[::-1]), 0.20), (math, 0.15), (tasks, 0.15)]
-    prompts = [p for pool, share in pools for p in dice.sample(pool, min(len(pool), int(size * share)))]
+    foreign = translations(chats) if chats else []
+    shares = [(questions, 0.45), (grounded(passages, questions[::-1]), 0.20), (math, 0.15), (foreign, 0.10), (tasks, 0.10)]
+    prompts = [p for pool, share in shares for p in dice.sample(pool, min(len(pool), int(size * share)))]
     dice.shuffle(prompts)
     out.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
     print(f"{len(prompts)} prompts in {out}")

@@ -43,27 +43,30 @@ def own_replies(
 ) -> list[Reply]:
     """Greedy replies of `model` to `prompts` (token ids), in the order of `prompts`.
 
-    Batches are written to `folder` one file each, under a key of model, dtype, prompts and length, so that
-    an interrupted call goes on where it stopped. Prompts of like length share a batch.
+    Batches are written to `folder` one file each, under a key of model, dtype and length, so that an interrupted
+    call goes on where it stopped and prompts added later cost only themselves. Prompts of like length share a batch.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    cache = folder / _key(model, prompts, max_new_tokens, batch_size)
+    cache = folder / _key(model, max_new_tokens)
+    known = _known(cache)
+    missing = sorted({tuple(ids) for ids in prompts} - known.keys(), key=lambda ids: (len(ids), ids))
+    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     bar = progress or Progress(disable=True)
-    replies: dict[int, Reply] = {}
-    for number, batch in enumerate(bar.track(batches, description="own replies")):
-        file = cache / f"{number:05}.json"
-        if not file.exists():
-            made = _generate(model, [list(prompts[i]) for i in batch], max_new_tokens)
-            write_text(file, json.dumps(made))
-        for i, reply in zip(batch, json.loads(file.read_text(encoding="utf-8")), strict=True):
-            replies[i] = Reply(list(prompts[i]), reply)
-    return [replies[i] for i in range(len(prompts))]
+    for batch in bar.track(batches, description="own replies"):
+        made = list(zip(batch, _generate(model, [list(ids) for ids in batch], max_new_tokens), strict=True))
+        text = json.dumps(made)
+        write_text(cache / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text)
+        known |= dict(made)
+    return [Reply(list(ids), known[tuple(ids)]) for ids in prompts]
 
 
-def _key(model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int, batch: int) -> str:
-    identity = Identity.of(model)
-    text = json.dumps([identity.fingerprint, str(model.dtype), length, batch, [list(ids) for ids in prompts]])
+def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:
+    """The replies that `cache` holds already, by prompt."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(cache.glob("*.json"))]
+    return {tuple(prompt): reply for made in files for prompt, reply in made}
+
+
+def _key(model: PreTrainedModel, length: int) -> str:
+    text = json.dumps([Identity.of(model).fingerprint, str(model.dtype), length])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
