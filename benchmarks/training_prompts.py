@@ -1,7 +1,8 @@
 """Which prompts are the shipped drafters trained on? Writes them as one JSON-lines file.
 
-Reads GSM8K's training questions, self-instruct's instructions and, where given, ShareGPT's first turns, passages and
-sentences to translate, and mixes them with a fixed seed. Never reads Spec-Bench, MT-Bench or GSM8K's test split: those are for evaluation.
+Reads GSM8K's training questions, self-instruct's instructions and, where given, ShareGPT's first turns, passages
+and sentences to translate, and mixes them with a fixed seed. Never reads Spec-Bench, MT-Bench or GSM8K's
+test split: those are for evaluation.
 """
 
 from __future__ import annotations
@@ -113,7 +114,13 @@ def main(
     questions, passages = sharegpt(chats) if chats else ([], [])
     tasks = self_instruct(instruct)
     foreign = translations(chats) if chats else []
-    shares = [(questions, 0.45), (grounded(passages, questions[::-1]), 0.20), (math, 0.15), (foreign, 0.10), (tasks, 0.10)]
+    shares = [
+        (questions, 0.45),
+        (grounded(passages, questions[::-1]), 0.20),
+        (math, 0.15),
+        (foreign, 0.10),
+        (tasks, 0.10),
+    ]
     prompts = [p for pool, share in shares for p in dice.sample(pool, min(len(pool), int(size * share)))]
     dice.shuffle(prompts)
     out.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")

@@ -6,7 +6,6 @@ Knows typer and rich. Each command only reads its options and calls a function o
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .loading import DTYPES, load_base, load_drafter
+from .loading import load_base, load_drafter
+from .options import BaseOption, DeviceOption, DtypeOption, LengthOption, RowsOption, command_line
+from .plugins import TRAINING, installed
 from .shipped import QUESTIONS
 from .storage import write_text
 
@@ -25,15 +26,14 @@ app = typer.Typer(
 )  # fmt: skip
 train = typer.Typer(no_args_is_help=True, help="Train drafters on a base model's own replies.")
 app.add_typer(train, name="train")
+for kind, command in installed(TRAINING).items():
+    train.command(kind)(command)
 console = Console(stderr=True)
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
-BaseOption = Annotated[str, typer.Option(help="Folder or Hub id of the base; 'demo' is SmolLM2-135M-Instruct.")]
 AdapterOption = Annotated[str, typer.Option(help="An adapter's folder or Hub id; 'ppd' is the shipped one.")]
-LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 QuestionsOption = Annotated[
     Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
 ]
@@ -42,7 +42,6 @@ DraftersOption = Annotated[
     list[str] | None,
     typer.Option(help="One composition: 'ppd', 'none' or adapters, joined by '+'. Repeatable; 'ppd' when left out."),
 ]
-RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
 
 
 def main() -> None:
@@ -57,45 +56,6 @@ def main() -> None:
     if code == INTERRUPTED:
         console.print("[yellow]interrupted[/]")
     sys.exit(code or 0)
-
-
-@train.command("ppd")
-def train_prompt_tokens(
-    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt" or "turns".')],
-    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    base: BaseOption = "demo",
-    dtype: DtypeOption = "bfloat16",
-    num_prompt_tokens: Annotated[int, typer.Option(help="n: how many tokens ahead are guessed.")] = 3,
-    ensemble: Annotated[int, typer.Option(help="v: embeddings of each prompt token.")] = 1,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1500,
-    batch_size: Annotated[int, typer.Option(help="Replies in one step.")] = 1,
-    points: Annotated[int, typer.Option(help="Insertion points in each reply.")] = 96,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-2,
-    max_length: Annotated[int, typer.Option(help="Tokens of prompt and reply that are used.")] = 512,
-    held_out: Annotated[int, typer.Option(help="Prompts kept for the accuracies.")] = 64,
-    reply_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 160,
-    reply_batch: Annotated[int, typer.Option(help="Replies generated at once.")] = 32,
-    seed: Annotated[int, typer.Option(help="Same seed, same file.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    data: Annotated[str, typer.Option(help="Where the prompts come from, for the card.")] = "",
-) -> None:
-    """Train prompt tokens (Parallel Prompt Decoding) and write them as an adapter. Interrupted, it resumes."""
-    from .prompts import read_prompts
-    from .train import Recipe
-    from .train_job import train_ppd
-
-    asked = read_prompts(prompts)
-    recipe = Recipe(
-        num_prompt_tokens, ensemble, steps, batch_size, points, max_length, learning_rate,
-        seed=seed, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    loaded = load_base(base, dtype)
-    prompt = train_ppd(
-        loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
-        reply_tokens=reply_tokens, reply_batch=reply_batch, command=_command(), data=data,
-    )  # fmt: skip
-    first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
-    console.print(f"adapter in {out}; top-1 by distance {first} on held-out replies")
 
 
 @app.command()
@@ -139,7 +99,6 @@ def generate(
 def plugins(adapter: AdapterOption = "ppd") -> None:
     """List the drafters that are installed, and what a composition with one loads, with the hooks of each."""
     from .compose import composition
-    from .plugins import installed
 
     table = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
     loaded = composition([load_drafter(adapter)], [])
@@ -161,7 +120,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
     from .bench_job import bench as run_bench
@@ -173,14 +132,8 @@ def bench(
         listing: [load_drafter(part) for part in listing.split("+") if part != "none"]
         for listing in drafters or ["ppd"]
     }
-    result = run_bench(loaded, listings, asked, per_category, max_new_tokens, rounds, rows, _command(), console)
+    result = run_bench(loaded, listings, asked, per_category, max_new_tokens, rounds, rows, command_line(), console)
     text = json.dumps(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")
     print(text)
-
-
-def _command() -> str:
-    """This command as it was typed, without the folders of this machine."""
-    words = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ppd-compose", *words])

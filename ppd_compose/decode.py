@@ -23,7 +23,7 @@ from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
 from .tree import Appended, TokenTree, ancestors, shallow
-from .verify import Context, Verified, last_states, verify
+from .verify import Context, Verified, states_of, states_wanted, verify
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Decoding:
     def __init__(self, model: Any, plugins: Plugins, stats: Stats, request: Request) -> None:
         self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
         self.hook = plugins.hook
-        self.kwargs = plugins.forward_kwargs(model)
+        self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         self.proposers = plugins.each_drafter("propose")
         self.extenders = plugins.each_drafter("extend")
         self.appenders = plugins.each_drafter("append")
@@ -78,6 +78,7 @@ class Decoding:
     def prefill(self) -> Verified:
         """Bring the prompt into the cache, in chunks where asked for; what the model says after its last token."""
         request, start = self.request, self.request.cached
+        states: list[dict[int, Tensor]] = []
         new = request.ids[:, -(len(request.visible) - start) :].to(self.model.device)
         positions = (request.visible.cumsum(0) - 1).clamp(min=0)[None].to(self.model.device)
         for chunk in new.split(request.chunk or new.shape[1], dim=1):
@@ -90,17 +91,23 @@ class Decoding:
                 past_key_values=request.cache,
                 use_cache=True,
                 return_dict=True,
+                **states_wanted(self.layers),
                 **self.kwargs,
                 **self._last_logits,
             )
+            states.append(states_of(out, self.layers))
             start = end
-        return Verified(out.logits[0, -1:], [], last_states(out))
+        self.step.hidden_states = {layer: torch.cat([part[layer] for part in states]) for layer in self.layers}
+        last = {layer: state[-1:] for layer, state in self.step.hidden_states.items()}
+        return Verified(out.logits[0, -1:], [], last)
 
     def advance(self) -> None:
         """One step: draft, one forward, and take what the model says."""
         tree, appended = self.fit(self.draft())
         with self.stats.stage("verify"):
-            verified = verify(self.model, self.request.cache, self.context, tree, list(appended.values()), self.kwargs)
+            verified = verify(
+                self.model, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
+            )
         self.take(tree, appended, verified)
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
@@ -183,8 +190,7 @@ class Decoding:
             drafter: _below(path[-1], block, logits)
             for (drafter, block), logits in zip(appended.items(), verified.appended, strict=True)
         }
-        if verified.hidden_states is not None:
-            step.hidden_states = tuple(s if s is None else s[path] for s in verified.hidden_states)
+        step.hidden_states = {layer: states[path] for layer, states in verified.hidden_states.items()}
 
 
 def _below(node: int, rows: Appended, logits: Tensor) -> Answer:

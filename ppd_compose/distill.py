@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .loop import Taught
 from .mask import attention_mask
 
 
@@ -31,12 +32,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What one batch gave: the loss, and per distance how often the guess was the model's own token."""
+class Guessed:
+    """What prompt tokens said at the points of one batch, and what they should have said."""
 
     loss: Tensor  # scalar
     log_probs: Tensor  # [kept points, n, vocab] float32, of the prompt tokens
     truth: Tensor  # [kept points, n] int64, the tokens that the sequences hold there
+
+    def told(self) -> Taught:
+        """The loss, and in which share of the points the first guess was right."""
+        return Taught(self.loss, (self.log_probs.argmax(-1) == self.truth).float().mean(0))
 
 
 class PromptRows(nn.Module):
@@ -50,7 +55,7 @@ class PromptRows(nn.Module):
         super().__init__()
         self.embeddings = nn.Parameter(embeddings.detach().clone().float())
 
-    def forward(self, base: PreTrainedModel, batch: Batch, decay: float) -> Taught:
+    def forward(self, base: PreTrainedModel, batch: Batch, decay: float) -> Guessed:
         """Sum over distances of `decay ** distance` times KL(model || prompt token) (PPD, equation 1)."""
         n = self.embeddings.shape[0]
         at = batch.points.clamp(min=0)[..., None] + 1 + torch.arange(n, device=batch.points.device)
@@ -61,7 +66,7 @@ class PromptRows(nn.Module):
         divergence = nn.functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1).mean(0)
         loss = (divergence * decay ** torch.arange(n, device=divergence.device)).sum() / n
         sequence = torch.arange(len(at), device=at.device)[:, None, None].expand_as(at)
-        return Taught(loss, log_probs.detach(), batch.ids[sequence, at + 1][kept])
+        return Guessed(loss, log_probs.detach(), batch.ids[sequence, at + 1][kept])
 
 
 @torch.no_grad()

@@ -37,10 +37,20 @@ def forward_kwargs(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 @hookspec
+def hidden_layers(model: PreTrainedModel) -> Sequence[int] | None:
+    """Return which hidden states you need, numbered as by `output_hidden_states`: 0 is the embedding, i the output of
+    layer i, and that of the last layer is normalised. They come as `step.hidden_states`.
+
+    Called once a generation.
+    """
+
+
+@hookspec
 def start(step: Step, model: PreTrainedModel) -> None:
     """A sequence begins: its prompt is in the KV cache, and `step.memory` is empty.
 
-    The first token is then accepted after the prompt's last one, as a step whose tree is that root alone.
+    `step.hidden_states` are those of all prompt tokens that were not in the cache already. The first token is then
+    accepted after the prompt's last one, as a step whose tree is that root alone.
     """
 
 

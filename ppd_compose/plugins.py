@@ -5,7 +5,8 @@ Knows pluggy. Does not know what the hooks do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from . import hookspecs
 
+DRAFTERS = hookspecs.PROJECT  # entry point group: name -> drafter class
+TRAINING = f"{hookspecs.PROJECT}.train"  # entry point group: name -> function with typer's options
 MAX_DRAFTERS = 62  # a node's sources are bits of an int64
 
 
@@ -56,9 +59,19 @@ class Plugins:
         merged: dict[str, Any] = {}
         for wanted in self.hook.forward_kwargs(model=model):
             for name, value in wanted.items():
+                if name == "output_hidden_states":
+                    raise ValueError("a plugin asks for hidden states by the hook hidden_layers, not by forward_kwargs")
                 if merged.setdefault(name, value) != value:
                     raise ValueError(f"two plugins want {name}={merged[name]!r} and {name}={value!r}")
         return merged
+
+    def hidden_layers(self, model: PreTrainedModel) -> list[int]:
+        """Which hidden states the plugins need, ascending; one that `model` does not have is a `ValueError`."""
+        wanted = {layer for layers in self.hook.hidden_layers(model=model) for layer in layers}
+        last = model.config.get_text_config().num_hidden_layers
+        if wrong := sorted(wanted - set(range(last + 1))):
+            raise ValueError(f"hidden states {wrong} were asked for, {type(model).__name__} has those of 0 to {last}")
+        return sorted(wanted)
 
     def hooks_of(self, plugin: Any) -> list[str]:
         """Names of the hooks that `plugin` implements."""
@@ -67,27 +80,30 @@ class Plugins:
     def _register(self, plugin: Any) -> str:
         if isinstance(plugin, type):
             raise TypeError(f"{plugin.__name__} is a class: pass an instance of it")
-        base = str(getattr(plugin, "name", None) or type(plugin).__name__)
-        name = next(n for n in _names(base) if not self.manager.has_plugin(n))
+        name = str(getattr(plugin, "name", None) or type(plugin).__name__)
+        if self.manager.has_plugin(name) and self.manager.get_plugin(name) is not plugin:
+            raise ValueError(f"two plugins are named {name!r}: set the `name` of one of them to something else")
         try:
             self.manager.register(plugin, name)
         except pluggy.PluginValidationError as error:
             raise TypeError(str(error)) from None
         except ValueError:
-            raise ValueError(f"{base!r} was given twice: each plugin takes part once") from None
+            raise ValueError(f"{name!r} was given twice: each plugin takes part once") from None
         if not self.hooks_of(plugin):
-            raise TypeError(f"{base!r} implements no hook: mark its methods with ppd_compose.hookimpl")
+            raise TypeError(f"{name!r} implements no hook: mark its methods with ppd_compose.hookimpl")
         return name
 
 
-def _names(base: str) -> Iterator[str]:
-    yield base
-    number = 2
-    while True:
-        yield f"{base}-{number}"
-        number += 1
-
-
-def installed() -> dict[str, Any]:
-    """Drafters that installed packages offer under the entry point group `ppd_compose`, by name."""
-    return {point.name: point.load() for point in entry_points(group=hookspecs.PROJECT)}
+def installed(group: str = DRAFTERS) -> dict[str, Any]:
+    """What installed packages offer under an entry point group, by name; one that fails to load is warned of."""
+    found = {}
+    for point in entry_points(group=group):
+        try:
+            found[point.name] = point.load()
+        except Exception as error:
+            warnings.warn(
+                f"entry point {point.name!r} ({point.value}) of group {group!r} cannot be loaded and is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+    return found

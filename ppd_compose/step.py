@@ -36,6 +36,6 @@ class Step:
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
-    hidden_states: tuple[Tensor | None, ...] | None = None  # by layer [path, hidden], where a plugin asked for them
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,11 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapter import Adapter, write_adapter
 from .card import model_card
 from .identity import Identity, device_name
+from .loop import Recipe
 from .prompt import PromptTokens
 from .prompts import Prompt, encode
-from .replies import own_replies
+from .replies import Reply, own_replies
 from .storage import cache_folder
-from .train import Recipe, train_prompt_tokens
+from .train import PromptRecipe, train_prompt_tokens
 
 
 def train_ppd(
@@ -30,7 +33,7 @@ def train_ppd(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     out: Path,
-    recipe: Recipe,
+    recipe: PromptRecipe,
     *,
     base_name: str | None = None,
     held_out: int = 64,
@@ -45,6 +48,27 @@ def train_ppd(
     checkpoints lie in `out/checkpoints` until the adapter is written, so a killed call goes on where it stopped.
     """
     begin = time.monotonic()
+    replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
+    trained = train_prompt_tokens(base, replies, held, recipe, out / "checkpoints")
+    identity = Identity.of(base)
+    identity = replace(identity, name=base_name or identity.name)
+    prompt = PromptTokens(trained.embeddings, trained.accuracy, identity)
+    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    adapter = Adapter(trained.embeddings, trained.accuracy, identity)
+    write_adapter(adapter, out, training=facts, card=model_card(prompt, facts))
+    shutil.rmtree(out / "checkpoints")
+    return prompt
+
+
+def split_replies(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    held_out: int,
+    reply_tokens: int,
+    reply_batch: int,
+) -> tuple[list[Reply], list[Reply]]:
+    """The base's own replies to train on, and those of the last `held_out` prompts (at most a tenth)."""
     ids = [encode(tokenizer, prompt.turns[0]) for prompt in prompts]
     with Progress() as progress:
         replies = own_replies(
@@ -52,25 +76,30 @@ def train_ppd(
             max_new_tokens=reply_tokens, batch_size=reply_batch, progress=progress,
         )  # fmt: skip
     held = min(held_out, max(1, len(replies) // 10))
-    trained = train_prompt_tokens(base, replies[:-held], replies[-held:], recipe, out / "checkpoints")
-    identity = Identity.of(base)
-    identity = replace(identity, name=base_name or identity.name)
-    prompt = PromptTokens(trained.embeddings, trained.accuracy, identity)
-    facts = {
+    return replies[:-held], replies[-held:]
+
+
+def training_facts(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    replies: Sequence[Reply],
+    held_out: Sequence[Reply],
+    seconds: float,
+    command: str,
+    data: str,
+) -> dict[str, Any]:
+    """How something was trained, as plain data for its files and its card."""
+    return {
         **asdict(recipe),
         "command": command,
         "data": data,
-        "prompts": len(prompts) - held,
-        "held_out": held,
-        "reply_tokens": sum(len(reply.reply) for reply in replies),
-        "seconds": round(time.monotonic() - begin),
+        "prompts": len(replies),
+        "held_out": len(held_out),
+        "reply_tokens": sum(len(reply.reply) for reply in [*replies, *held_out]),
+        "seconds": round(seconds),
         "hardware": _hardware(base),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    adapter = Adapter(trained.embeddings, trained.accuracy, identity)
-    write_adapter(adapter, out, training=facts, card=model_card(prompt, facts))
-    shutil.rmtree(out / "checkpoints")
-    return prompt
 
 
 def _hardware(base: PreTrainedModel) -> str:

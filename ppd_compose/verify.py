@@ -38,7 +38,7 @@ class Verified:
 
     logits: Tensor  # [nodes, vocab], in the model's dtype
     appended: list[Tensor]  # of each block [rows, vocab]
-    hidden_states: tuple[Tensor | None, ...] | None  # by layer [rows of the forward, hidden]
+    hidden_states: dict[int, Tensor]  # by layer [rows of the forward, hidden], those asked for
 
 
 def verify(
@@ -48,30 +48,34 @@ def verify(
     tree: TokenTree,
     appended: Sequence[Appended],
     kwargs: Mapping[str, Any],
+    layers: Sequence[int] = (),
 ) -> Verified:
-    """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it."""
+    """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
+
+    `kwargs` go to the forward; `layers` are the hidden states that come back.
+    """
     out = model(
         **_rows(model, tree, appended),
         **_who_sees_whom(model, cache, context, tree, appended),
         past_key_values=cache,
         use_cache=True,
         return_dict=True,
+        **states_wanted(layers),
         **kwargs,
     )
     sizes = [len(tree), *map(len, appended)]
     logits, *answers = out.logits[0].split(sizes)
-    return Verified(logits, list(answers), _states(out))
+    return Verified(logits, list(answers), states_of(out, layers))
 
 
-def _states(out: Any) -> tuple[Tensor | None, ...] | None:
-    states = getattr(out, "hidden_states", None)
-    return None if states is None else tuple(None if s is None else s[0] for s in states)
+def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
+    """Keyword arguments of a forward that gives the hidden states of `layers`, and on newer transformers no others."""
+    return {"output_hidden_states": list(layers)} if layers else {}
 
 
-def last_states(out: Any) -> tuple[Tensor | None, ...] | None:
-    """By layer the state of a forward's last row `[1, hidden]`, where states were asked for."""
-    states = _states(out)
-    return None if states is None else tuple(None if s is None else s[-1:] for s in states)
+def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """By layer the hidden states `[rows, hidden]` of the first sequence of a forward."""
+    return {layer: out.hidden_states[layer][0] for layer in layers}
 
 
 def _rows(model: PreTrainedModel, tree: TokenTree, appended: Sequence[Appended]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
+from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, MalformedDraft, TokenTree, compose, hookimpl, hookspecs
 
@@ -62,24 +62,53 @@ def test_hook_prepare():
 
 def test_hook_forward_kwargs():
     class Wants:
-        def __init__(self, layers):
-            self.layers, self.name = layers, f"wants-{layers}"
-            self.seen = None
+        def __init__(self, **wanted):
+            self.wanted, self.name = wanted, f"wants-{wanted}"
 
         @hookimpl
         def forward_kwargs(self, model):
-            return {"output_hidden_states": self.layers}
+            return self.wanted
+
+    _, out = run(None, Wants(output_attentions=False))
+    assert out[0].tolist() == answer(12)
+    with pytest.raises(ValueError, match="two plugins want output_attentions"):
+        run(None, Wants(output_attentions=True), Wants(output_attentions=False))
+    with pytest.raises(ValueError, match="by the hook hidden_layers"):
+        run(None, Wants(output_hidden_states=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hook_hidden_layers(family):
+    """The states of every token, once each: the prompt's at the start, then those of each accepted path."""
+
+    class Wants:
+        def __init__(self, layers):
+            self.layers, self.name, self.seen = layers, f"wants-{layers}", []
+
+        @hookimpl
+        def hidden_layers(self, model):
+            return self.layers
+
+        @hookimpl
+        def start(self, step):
+            self.seen.append(step.hidden_states)
 
         @hookimpl
         def observe(self, step):
-            self.seen = (len(step.path), [s.shape for s in step.hidden_states if s is not None])
+            if step.index > 1:
+                self.seen.append(step.hidden_states)
 
-    wants = Wants(True)
-    run(None, Oracle(answer()), wants)
-    count, shapes = wants.seen
-    assert shapes == [(count, 32)] * 4
-    with pytest.raises(ValueError, match="two plugins want output_hidden_states"):
-        run(None, Wants(True), Wants(False))
+    base = tiny(family, attention="eager")  # the one that all offer
+    right = base.generate(prompt(), max_new_tokens=30, do_sample=False)
+    low, high = Wants([1]), Wants([1, 3])
+    _, out = run(base, Oracle(right[0].tolist()), low, high, prefill_chunk_size=5)
+    expected = base(out, output_hidden_states=True).hidden_states
+    for layer in (1, 3):
+        mine = torch.cat([states[layer] for states in high.seen])
+        torch.testing.assert_close(mine, expected[layer][0, : len(mine)])
+    assert len(mine) >= out.shape[1] - 1
+    with pytest.raises(ValueError, match=r"\[4\] were asked for, \w+ has those of 0 to 3"):
+        run(base, Wants([4]))
 
 
 def test_hook_start():
@@ -280,6 +309,10 @@ def test_a_misspelt_hook_and_a_wrong_argument_fail_at_compose():
         compose(tiny(), twice, twice)
 
 
-def test_two_drafters_of_one_name_are_told_apart():
-    model = compose(tiny(), prompt_tokens(seed=1), prompt_tokens(seed=2), budget=16)
-    assert list(model.plugins.drafters) == ["ppd", "ppd-2"]
+def test_two_drafters_of_one_name_need_another_name():
+    first, second = prompt_tokens(seed=1), prompt_tokens(seed=2)
+    with pytest.raises(ValueError, match="two plugins are named 'ppd': set the `name`"):
+        compose(tiny(), first, second)
+    second.name = "ppd-other"
+    model = compose(tiny(), first, second, budget=16)
+    assert list(model.plugins.drafters) == ["ppd", "ppd-other"]

@@ -8,13 +8,13 @@ import pytest
 import ppd_compose
 
 ROOT = Path(__file__).parents[1]
-CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).glob("*.py"))
+CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "verify", "budget", "accept", "cache",
     "plugins", "stats", "measured", "decode", "refuse", "generation", "compose", "adapter", "prompt", "prompts",
-    "replies", "distill", "train", "card", "train_job", "environment", "demo_base", "shipped", "loading", "bench",
-    "bench_job", "answer", "demo", "cli", "__main__",
+    "replies", "loop", "states", "distill", "train", "card", "train_job", "environment", "demo_base", "shipped",
+    "loading", "options", "bench", "bench_job", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from ppd_compose import train as train_module
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
-from ppd_compose.train import Recipe, make_batch, train_prompt_tokens
+from ppd_compose.train import PromptRecipe, make_batch, train_prompt_tokens
 
-RECIPE = Recipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
+RECIPE = PromptRecipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
 
 
 def replies(base, count=6):
@@ -89,7 +89,7 @@ def test_the_base_is_frozen_meanwhile_and_as_it_was_after(tmp_path):
 def test_same_seed_same_rows_and_another_seed_others(tmp_path):
     base = tiny(dtype=torch.float32)
     one, two = trained(base, tmp_path / "a"), trained(base, tmp_path / "b")
-    other = trained(base, tmp_path / "c", Recipe(**{**vars(RECIPE), "seed": 1}))
+    other = trained(base, tmp_path / "c", PromptRecipe(**{**vars(RECIPE), "seed": 1}))
     assert torch.equal(one.embeddings, two.embeddings)
     assert not torch.equal(one.embeddings, other.embeddings)
 
@@ -98,7 +98,7 @@ def test_same_seed_same_rows_and_another_seed_others(tmp_path):
 def test_killed_at_any_step_it_resumes_to_the_same_rows(tmp_path, monkeypatch, killed_at):
     base = tiny(dtype=torch.float32)
     whole = trained(base, tmp_path / "whole")
-    draw, count = train_module.draw_batch, [0]
+    draw, count = train_module.make_batch, [0]
 
     def fails(*args):
         count[0] += 1
@@ -106,7 +106,7 @@ def test_killed_at_any_step_it_resumes_to_the_same_rows(tmp_path, monkeypatch, k
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(train_module, "draw_batch", fails)
+    monkeypatch.setattr(train_module, "make_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         trained(base, tmp_path / "cut")
     assert all(p.requires_grad for p in base.parameters())
@@ -120,13 +120,13 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     base = tiny(dtype=torch.float32)
     trained(base, tmp_path)
     with pytest.raises(ValueError, match="another recipe"):
-        trained(base, tmp_path, Recipe(**{**vars(RECIPE), "learning_rate": 1.0}))
+        trained(base, tmp_path, PromptRecipe(**{**vars(RECIPE), "learning_rate": 1.0}))
 
 
 def test_training_lowers_the_loss(tmp_path):
     base = tiny(dtype=torch.float32)
     mine = replies(base)
-    recipe = Recipe(num_prompt_tokens=2, steps=60, points=8, learning_rate=3e-2, warmup=1)
+    recipe = PromptRecipe(num_prompt_tokens=2, steps=60, points=8, learning_rate=3e-2, warmup=1)
     batch = make_batch(mine, recipe, 0)
     start = PromptRows(train_module.initial_embeddings(base, recipe))(base, batch, 0.8).loss
     made = train_prompt_tokens(base, mine, mine[:1], recipe, tmp_path)
@@ -136,7 +136,7 @@ def test_training_lowers_the_loss(tmp_path):
 @pytest.mark.parametrize("name", ["num_prompt_tokens", "ensemble", "steps", "points"])
 def test_a_recipe_of_nothing_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        Recipe(**{name: 0})
+        PromptRecipe(**{name: 0})
 
 
 def test_replies_too_short_to_learn_from(tmp_path):
@@ -217,7 +217,7 @@ def test_what_was_trained_can_be_composed(tmp_path):
 def test_the_loss_runs_on_all_families():
     for family in FAMILIES:
         base = tiny(family, dtype=torch.float32, attention="eager")
-        recipe = Recipe(**{**vars(RECIPE), "max_length": 14})  # within the window of 16
+        recipe = PromptRecipe(**{**vars(RECIPE), "max_length": 14})  # within the window of 16
         batch = make_batch(replies(base, 2), recipe, 0)
         rows = PromptRows(train_module.initial_embeddings(base, recipe))
         rows(base, batch, 0.8).loss.backward()

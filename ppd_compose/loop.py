@@ -1,0 +1,180 @@
+"""A training run: which replies a step sees, optimiser, checkpoints, resumption and progress.
+
+Knows accelerate and the order of the data. Does not know what is trained, nor its loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from .replies import Reply
+from .storage import staged_folder
+
+KEPT = 2  # checkpoints: the newest, and one before it
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what comes out of a training, beside the base and the replies; each drafter adds its own."""
+
+    steps: int = 1000
+    batch_size: int = 1
+    points: int = 48  # positions of each reply at which the drafter guesses
+    max_length: int = 512  # tokens of prompt and reply that are used
+    learning_rate: float = 1e-2
+    warmup: int = 20
+    decay: float = 0.8  # of the loss with every further distance
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < 1 and name not in ("seed", "warmup"):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one batch gave: the loss, and by distance in which share of the points the first guess was right."""
+
+    loss: Tensor  # scalar
+    top1: Tensor  # [distances]
+
+
+def run(module: Module, recipe: Recipe, folder: Path, step: Callable[[Module, int], Taught]) -> Module:
+    """Train the parameters of `module` that want gradients, resuming from the newest checkpoint in `folder`.
+
+    `step(module, number)` gives the loss of batch `number`, counted from 0 over all processes. The same recipe and
+    data give the same parameters on the same machine, whether or not the run was interrupted.
+    Raises `ValueError` when `folder` holds checkpoints of another recipe.
+    """
+    set_seed(recipe.seed)
+    accelerator = Accelerator()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
+    model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+    done = _resume(accelerator, folder, recipe)
+    with _progress() as bar:
+        task = bar.add_task("training", total=recipe.steps, completed=done)
+        for number in range(done, recipe.steps):
+            taught = step(model, number * accelerator.num_processes + accelerator.process_index)
+            accelerator.backward(taught.loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            _tell(bar, task, number + 1, taught)
+            if (number + 1) % recipe.checkpoint_every == 0 or number + 1 == recipe.steps:
+                _checkpoint(accelerator, folder, number + 1, recipe)
+    return module
+
+
+@contextmanager
+def frozen(base: Any) -> Iterator[None]:
+    """The base on the device of this process, without gradients and in evaluation mode; afterwards as it was, there."""
+    base.to(PartialState().device)
+    trainable = [p for p in base.parameters() if p.requires_grad]
+    training = base.training
+    base.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        base.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def replies_of_batch(replies: Sequence[Reply], recipe: Recipe, number: int) -> list[Reply]:
+    """Replies of batch `number`, from the seed and `number` alone: each epoch goes through all replies once."""
+    picked = []
+    for at in range(number * recipe.batch_size, (number + 1) * recipe.batch_size):
+        epoch, place = divmod(at, len(replies))
+        dice = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        picked.append(replies[int(torch.randperm(len(replies), generator=dice)[place])])
+    return picked
+
+
+def points_of(reply: Reply, recipe: Recipe, ahead: int) -> range:
+    """Positions from the prompt's last token on after which `ahead` more tokens follow the next one."""
+    length = min(len(reply.ids), recipe.max_length)
+    return range(len(reply.prompt) - 1, length - 1 - ahead)
+
+
+def draw_points(reply: Reply, recipe: Recipe, ahead: int, dice: torch.Generator) -> Tensor:
+    """Up to `recipe.points` of `points_of(...)`, ascending `[count]` int64."""
+    points = torch.tensor(points_of(reply, recipe, ahead), dtype=torch.long)
+    return points[torch.randperm(len(points), generator=dice)[: recipe.points]].sort().values
+
+
+def dice_of(recipe: Recipe, number: int) -> torch.Generator:
+    """The random numbers of batch `number`."""
+    return torch.Generator().manual_seed(recipe.seed * 7_368_787 + number)
+
+
+def usable(replies: Sequence[Reply], recipe: Recipe, ahead: int) -> list[Reply]:
+    """Those of `replies` with a position to learn from; none is a `ValueError`."""
+    found = [reply for reply in replies if points_of(reply, recipe, ahead)]
+    if not found:
+        raise ValueError(f"none of {len(replies)} replies is longer than {ahead + 2} tokens")
+    return found
+
+
+def _checkpoint(accelerator: Accelerator, folder: Path, step: int, recipe: Recipe) -> None:
+    target = folder / f"step-{step:06}"
+    if accelerator.is_main_process and not target.exists():
+        with staged_folder(target) as staging:
+            accelerator.save_state(str(staging))
+            (staging / "recipe.json").write_text(json.dumps(asdict(recipe)), encoding="utf-8")
+        for old in sorted(folder.glob("step-*"))[:-KEPT]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, folder: Path, recipe: Recipe) -> int:
+    """Load the newest checkpoint and return its step, 0 without one."""
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return 0
+    if json.loads((found[-1] / "recipe.json").read_text(encoding="utf-8")) != asdict(recipe):
+        raise ValueError(f"{found[-1]} was written by another recipe: give an empty folder or remove it")
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def _tell(bar: Progress, task: TaskID, step: int, taught: Taught) -> None:
+    loss, top1 = taught.loss.item(), "/".join(f"{100 * share:.0f}%" for share in taught.top1.tolist())
+    bar.update(task, advance=1, loss=loss, top1=top1)
+    if step % 100 == 0:
+        bar.console.print(f"step {step}: loss {loss:.3f}, top-1 {top1}")
+
+
+def _progress() -> Progress:
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    told = TextColumn("loss {task.fields[loss]:.3f}  top-1 by distance {task.fields[top1]}")
+    bar = Progress(*columns, told)
+    add = bar.add_task
+    bar.add_task = lambda *a, **k: add(*a, loss=math.nan, top1="", **k)  # type: ignore[method-assign]
+    return bar

@@ -1,0 +1,41 @@
+"""Options and arguments that commands share, those of other packages' `train` commands included.
+
+Knows typer. Does not know any command.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .loading import DTYPES
+
+BaseOption = Annotated[str, typer.Option(help="Folder or Hub id of the base; 'demo' is SmolLM2-135M-Instruct.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
+
+PromptsOption = Annotated[Path, typer.Option(help='JSON lines with "prompt" or "turns".')]
+OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
+StepsOption = Annotated[int, typer.Option(help="Optimiser steps.")]
+BatchOption = Annotated[int, typer.Option(help="Replies in one step.")]
+PointsOption = Annotated[int, typer.Option(help="Positions of each reply at which guesses are trained.")]
+RateOption = Annotated[float, typer.Option(help="Peak of the cosine schedule of the learning rate.")]
+MaxLengthOption = Annotated[int, typer.Option(help="Tokens of prompt and reply that are used.")]
+HeldOutOption = Annotated[int, typer.Option(help="Prompts kept for the accuracies.")]
+ReplyTokensOption = Annotated[int, typer.Option(help="Longest reply.")]
+ReplyBatchOption = Annotated[int, typer.Option(help="Replies generated at once.")]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same file.")]
+CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
+
+
+def command_line() -> str:
+    """This command as it was typed, without the folders of this machine."""
+    words = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["ppd-compose", *words])

@@ -1,0 +1,71 @@
+"""`ppd-compose train ppd`: its options, and what it prints.
+
+Knows typer. The training is `train_job`, which is imported only when the command runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .loading import load_base
+from .options import (
+    BaseOption,
+    BatchOption,
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    HeldOutOption,
+    MaxLengthOption,
+    OutOption,
+    PointsOption,
+    PromptsOption,
+    RateOption,
+    ReplyBatchOption,
+    ReplyTokensOption,
+    SeedOption,
+    StepsOption,
+    command_line,
+)  # fmt: skip
+
+
+def command(
+    prompts: PromptsOption,
+    out: OutOption,
+    base: BaseOption = "demo",
+    dtype: DtypeOption = "bfloat16",
+    num_prompt_tokens: Annotated[int, typer.Option(help="n: how many tokens ahead are guessed.")] = 3,
+    ensemble: Annotated[int, typer.Option(help="v: embeddings of each prompt token.")] = 1,
+    steps: StepsOption = 1500,
+    batch_size: BatchOption = 1,
+    points: PointsOption = 96,
+    learning_rate: RateOption = 1e-2,
+    max_length: MaxLengthOption = 512,
+    held_out: HeldOutOption = 64,
+    reply_tokens: ReplyTokensOption = 160,
+    reply_batch: ReplyBatchOption = 32,
+    seed: SeedOption = 0,
+    checkpoint_every: CheckpointOption = 100,
+    data: DataOption = "",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train prompt tokens (Parallel Prompt Decoding) and write them as an adapter. Interrupted, it resumes."""
+    from .prompts import read_prompts
+    from .train import PromptRecipe
+    from .train_job import train_ppd
+
+    asked = read_prompts(prompts)
+    recipe = PromptRecipe(
+        steps, batch_size, points, max_length, learning_rate, seed=seed, checkpoint_every=checkpoint_every,
+        num_prompt_tokens=num_prompt_tokens, ensemble=ensemble,
+    )  # fmt: skip
+    loaded = load_base(base, dtype, device)
+    prompt = train_ppd(
+        loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
+        reply_tokens=reply_tokens, reply_batch=reply_batch, command=command_line(), data=data,
+    )  # fmt: skip
+    first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
+    Console(stderr=True).print(f"adapter in {out}; top-1 by distance {first} on held-out replies")
