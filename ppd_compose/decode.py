@@ -118,7 +118,7 @@ class Decoding:
             self.commit(tree, appended, verified, path)
         with self.stats.stage("observe"):
             self.stats.count(self.step)
-            self.hook.observe(step=self.step)
+            self.hook.observe(step=self.step, logits=verified.logits)
 
     def draft(self) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""

@@ -93,5 +93,8 @@ def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], in
 
 
 @hookspec
-def observe(step: Step) -> None:
-    """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses."""
+def observe(step: Step, logits: Tensor) -> None:
+    """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses.
+
+    `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return.
+    """

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapter import Adapter, read_adapter, write_adapter
 from .hookspecs import hookimpl
 from .identity import Identity
 from .step import Answer, Step
+from .top import best_tokens
 from .tree import Appended, Floats, TokenTree
 
 WIDTH = 10  # guesses taken from each distance
-BLOCK = 256  # entries of the vocabulary that are searched together
 TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
 
 
@@ -133,31 +133,14 @@ class PromptTokens:
         # A row's parent stands before it, so the rows that the budget left make up the first distances.
         distance = answer.kinds // self.embeddings.shape[1]
         if len(distance) == distance[-1] + 1:
-            return _best(answer.logits.float())
+            return best_tokens(answer.logits.float(), WIDTH)
         groups = [answer.logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
-        return _best(torch.stack([average(logits) for logits in groups]))
+        return best_tokens(torch.stack([average(logits) for logits in groups]), WIDTH)
 
 
 def average(logits: Tensor) -> Tensor:
     """Log of the mean distribution `[vocab]` float32 over `logits` `[embeddings, vocab]` (PPD, section 3.2)."""
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
-
-
-def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and tokens of the WIDTH best `[distances, WIDTH]`.
-
-    The best of each block come first and then the best of the best blocks: the same as one `topk` over all, which
-    on a CPU is much slower.
-    """
-    distances, vocab = logits.shape
-    if vocab <= BLOCK * WIDTH:
-        top, best = logits.topk(min(WIDTH, vocab))
-        return top - logits.logsumexp(-1, keepdim=True), best
-    padded = nn.functional.pad(logits, (0, -vocab % BLOCK), value=-math.inf) if vocab % BLOCK else logits
-    blocks = padded.view(distances, -1, BLOCK)
-    chosen = blocks.amax(-1).topk(WIDTH).indices
-    top, at = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(WIDTH)
-    return top - logits.logsumexp(-1, keepdim=True), chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
 def marginal_gains(accuracy: Floats, nodes: int) -> Floats:

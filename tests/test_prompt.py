@@ -6,7 +6,8 @@ import torch
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Step, TokenTree, compose, hookimpl
-from ppd_compose.prompt import _best, average, marginal_gains
+from ppd_compose.prompt import average, marginal_gains
+from ppd_compose.top import best_tokens
 
 
 class Watches:
@@ -53,7 +54,7 @@ def test_the_distributions_of_an_ensemble_are_averaged():
 @pytest.mark.parametrize("vocab", [5, 300, 2560, 5120, 9999])
 def test_the_best_guesses_are_those_of_topk(vocab):
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
-    top, best = _best(logits)
+    top, best = best_tokens(logits, 10)
     expected = logits.log_softmax(-1).topk(min(10, vocab))
     torch.testing.assert_close(top, expected.values)
     assert torch.equal(best, expected.indices)

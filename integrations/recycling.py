@@ -1,0 +1,144 @@
+"""Token recycling (arXiv 2408.08696): what the model said after a token last time is guessed to follow it again.
+
+Knows a table of successors that fills while the model decodes. Needs no training and no forward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.top import best_tokens
+from ppd_compose.tree import Floats, Ints
+
+EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gave them, that are counted together
+FORGET = 0.998  # how much of the past counts after each step
+PRIOR = 8.0  # guesses that the prior stands for: a chance of last time is worth 0.6 of itself
+WORTH = 0.6
+
+
+class TokenRecycling:
+    """Drafter: the model's own best tokens after each token, as it gave them last, rejected candidates included.
+
+    The table `[vocab, width]` lasts from one generation to the next; `reset` empties it. Takes part in `propose`,
+    and in `extend`: what other drafters guess is continued by what followed their tokens.
+
+    Args:
+        width: successors kept of each token.
+        depth: most tokens that a path is continued by.
+        least: guesses that claim a smaller chance are not made.
+
+    Raises:
+        ValueError: width or depth below 1, or `least` not between 0 and 1.
+    """
+
+    name = "recycling"
+
+    def __init__(self, width: int = 8, depth: int = 6, least: float = 0.01) -> None:
+        if min(width, depth) < 1 or not 0 < least < 1:
+            raise ValueError(f"need width, depth >= 1 and 0 < least < 1, got {width}, {depth} and {least}")
+        self.width, self.depth, self.least = width, depth, least
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was seen."""
+        self.tokens: NDArray[np.int64] = np.zeros((0, self.width), np.int64)
+        self.chances: NDArray[np.float64] = np.zeros((0, self.width))
+        middle = np.sqrt(np.array([0.01, *EDGES]) * np.array([*EDGES, 1.0]))
+        self.hits, self.guesses = PRIOR * WORTH * middle, np.full(len(middle), PRIOR)
+
+    @hookimpl
+    def start(self, step: Step) -> None:
+        """Make room for the vocabulary, and take up which token follows which in the prompt."""
+        if len(self.tokens) < step.vocab_size:
+            more = step.vocab_size - len(self.tokens)
+            self.tokens = np.concatenate([self.tokens, np.zeros((more, self.width), np.int64)])
+            self.chances = np.concatenate([self.chances, np.zeros((more, self.width))])
+        for token, following in zip(step.ids, step.ids[1:], strict=False):
+            self._see(token, following)
+
+    @hookimpl
+    def propose(self, step: Step) -> TokenTree | None:
+        """The likeliest paths below the root."""
+        return self._grown(TokenTree.chain(step.ids[-1]), step.budget.max_rows)
+
+    @hookimpl
+    def extend(self, step: Step, tree: TokenTree) -> TokenTree | None:
+        """The likeliest continuations of all paths of `tree`."""
+        return self._grown(tree, step.budget.max_rows)
+
+    @hookimpl
+    def observe(self, step: Step, logits: Tensor) -> None:
+        """Count what the last table's guesses were worth; take up what the model said after every row."""
+        if step.tree is None:
+            return
+        self._judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
+        claims, best = best_tokens(logits.float(), self.width)
+        path = set(step.path)
+        # The last of equal rows stays in the table: an accepted one.
+        order = [row for row in range(len(step.tree)) if row not in path] + step.path
+        words, width = step.tree.tokens[order], best.shape[1]
+        self.tokens[words, :width] = best.numpy(force=True)[order]
+        self.chances[words, :width] = claims.exp().numpy(force=True)[order]
+
+    def _see(self, token: int, following: int) -> None:
+        """The prompt's own next token goes first; what the model said there is not known."""
+        row, chances = self.tokens[token], self.chances[token]
+        at = np.flatnonzero((row == following) & (chances > 0))
+        end = int(at[0]) if len(at) else self.width - 1
+        row[1 : end + 1], chances[1 : end + 1] = row[:end].copy(), chances[:end].copy()
+        row[0], chances[0] = following, 0.5
+
+    def _judge(self, tokens: Ints, following: list[int]) -> None:
+        self.hits *= FORGET
+        self.guesses *= FORGET
+        for token, right in zip(tokens.tolist(), following, strict=True):
+            bins = np.digitize(self.chances[token], EDGES)
+            known = self.chances[token] > 0
+            np.add.at(self.guesses, bins[known], 1.0)
+            np.add.at(self.hits, bins[known & (self.tokens[token] == right)], 1.0)
+
+    def _grown(self, tree: TokenTree, size: int) -> TokenTree | None:
+        """`tree` and, below its nodes, the likeliest `size` successors of successors; None when there are none."""
+        levels: list[tuple[Ints, Ints, Floats]] = []
+        tokens, claims, rows, total = tree.tokens, tree.log_probs, np.arange(len(tree)), len(tree)
+        for _ in range(self.depth):
+            tokens, above, claims = self._successors(tokens, claims, size)
+            if not len(tokens):
+                break
+            levels.append((tokens, rows[above], claims))
+            rows = np.arange(total, total + len(tokens))
+            total += len(tokens)
+        if not levels:
+            return None
+        words, parents, scores = (np.concatenate(column) for column in zip(*levels, strict=True))
+        # A successor claims less than what it follows, so the best of all are closed under parents.
+        best = np.sort(np.argsort(-scores, kind="stable")[:size])
+        return _grafted(tree, len(tree) + best, words[best], parents[best], scores[best])
+
+    def _successors(self, tokens: Ints, claims: Floats, size: int) -> tuple[Ints, Ints, Floats]:
+        """Of what followed `tokens` the likeliest `size`: tokens, which of `tokens` each follows, and claims."""
+        worth = np.log(np.minimum(self.hits / self.guesses, 0.99))
+        chances = self.chances[tokens]
+        claimed = claims[:, None] + np.where(chances > 0, worth[np.digitize(chances, EDGES)], -np.inf)
+        above, rank = np.nonzero(claimed > np.log(self.least))
+        best = np.argsort(-claimed[above, rank], kind="stable")[:size]
+        above, rank = above[best], rank[best]
+        return self.tokens[tokens[above], rank], above, claimed[above, rank]
+
+
+def _grafted(tree: TokenTree, names: Ints, tokens: Ints, parents: Ints, claims: Floats) -> TokenTree:
+    """`tree` with further rows `names` below it; a row that is there already stands for its twin."""
+    columns: list[list[float]] = [tree.tokens.tolist(), tree.parents.tolist(), tree.log_probs.tolist()]
+    known = {key: row for row, key in enumerate(zip(columns[1], columns[0], strict=True))}
+    at = dict(enumerate(range(len(tree))))
+    rows = zip(names.tolist(), tokens.tolist(), parents.tolist(), claims.tolist(), strict=True)
+    for name, token, parent, claim in rows:
+        above = at[parent]
+        at[name] = row = known.setdefault((above, token), len(columns[0]))
+        if row == len(columns[0]):
+            for column, value in zip(columns, (token, above, min(claim, columns[2][above])), strict=True):
+                column.append(value)
+    return TokenTree.of(*columns)
