@@ -17,8 +17,9 @@ import typer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from ppd_compose import PromptTokens, compose
+from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
-from ppd_compose.loading import load_base, load_drafter
+from ppd_compose.loading import load_base
 
 
 def narrow() -> Any:

@@ -19,8 +19,9 @@ from rich.progress import track
 
 from ppd_compose import compose
 from ppd_compose.cli import QUESTION
+from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
-from ppd_compose.loading import load_base, load_drafter
+from ppd_compose.loading import load_base
 from ppd_compose.prompts import encode
 
 app = typer.Typer()

@@ -3,6 +3,7 @@
 from .budget import Budget
 from .check import MalformedDraft
 from .compose import compose
+from .drafters import load_drafter
 from .hookspecs import hookimpl
 from .prompt import PromptTokens
 from .stats import Stats
@@ -20,4 +21,5 @@ __all__ = [
     "TokenTree",
     "compose",
     "hookimpl",
+    "load_drafter",
 ]

@@ -5,6 +5,7 @@ Knows streamers. Does not know options.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from .stats import Stats
 
 
 def answer(
-    loaded: LoadedBase, drafter: Any, prompt: str, max_new_tokens: int, rows: int | None, seed: int,
+    loaded: LoadedBase, drafters: Sequence[Any], prompt: str, max_new_tokens: int, rows: int | None, seed: int,
     sampling: dict[str, Any],
 ) -> Stats:  # fmt: skip
     """Answer `prompt` as one user turn and return the statistics."""
-    model = compose(loaded.model, drafter, budget=rows)
+    model = compose(loaded.model, *drafters, budget=rows)
     ids = torch.tensor([encode(loaded.tokenizer, prompt)], device=model.device)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .loading import load_base, load_drafter
+from .drafters import load_drafter
+from .loading import load_base
 from .options import BaseOption, DeviceOption, DtypeOption, LengthOption, RowsOption, command_line
 from .plugins import TRAINING, installed
 from .shipped import QUESTIONS
@@ -33,14 +34,16 @@ console = Console(stderr=True)
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
-AdapterOption = Annotated[str, typer.Option(help="An adapter's folder or Hub id; 'ppd' is the shipped one.")]
+ListingOption = Annotated[
+    str, typer.Option("--drafters", help="Names, folders or Hub ids of drafters joined by '+', or 'none'.")
+]
 QuestionsOption = Annotated[
     Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
 ]
 CountOption = Annotated[int | None, typer.Option(help="Of each category, evenly spread; all when left out.")]
 DraftersOption = Annotated[
     list[str] | None,
-    typer.Option(help="One composition: 'ppd', 'none' or adapters, joined by '+'. Repeatable; 'ppd' when left out."),
+    typer.Option(help="One composition: drafters joined by '+', or 'none'. Repeatable; 'ppd' when left out."),
 ]
 
 
@@ -58,10 +61,15 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+def drafters_of(listing: str) -> list[Any]:
+    """The drafters of a listing such as "ppd+lookup"; "none" stands for no drafter."""
+    return [load_drafter(part) for part in listing.split("+") if part != "none"]
+
+
 @app.command()
 def demo(
     base: BaseOption = "demo",
-    adapter: AdapterOption = "ppd",
+    drafters: ListingOption = "ppd",
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_new_tokens: LengthOption = 160,
     dtype: DtypeOption = "bfloat16",
@@ -71,14 +79,14 @@ def demo(
 
     loaded = load_base(base, dtype)
     console.print(f"[dim]base: {loaded.origin}[/]", highlight=False)
-    show(loaded, load_drafter(adapter), question, max_new_tokens, Console(highlight=False))
+    show(loaded, drafters_of(drafters), question, max_new_tokens, Console(highlight=False))
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask, as one user turn.")],
     base: BaseOption = "demo",
-    adapter: AdapterOption = "ppd",
+    drafters: ListingOption = "ppd",
     max_new_tokens: LengthOption = 256,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
@@ -91,17 +99,17 @@ def generate(
 
     loaded = load_base(base, dtype)
     sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    stats = answer(loaded, load_drafter(adapter), prompt, max_new_tokens, rows, seed, sampling)
+    stats = answer(loaded, drafters_of(drafters), prompt, max_new_tokens, rows, seed, sampling)
     console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
 
 
 @app.command()
-def plugins(adapter: AdapterOption = "ppd") -> None:
+def plugins(drafters: ListingOption = "ppd") -> None:
     """List the drafters that are installed, and what a composition with one loads, with the hooks of each."""
     from .compose import composition
 
     table = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
-    loaded = composition([load_drafter(adapter)], [])
+    loaded = composition(drafters_of(drafters), [])
     for name, plugin in loaded.manager.list_name_plugin():
         table.add_row(name, ", ".join(sorted(loaded.hooks_of(plugin))))
     out = Console()
@@ -128,10 +136,7 @@ def bench(
 
     asked = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
-    listings = {
-        listing: [load_drafter(part) for part in listing.split("+") if part != "none"]
-        for listing in drafters or ["ppd"]
-    }
+    listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
     result = run_bench(loaded, listings, asked, per_category, max_new_tokens, rounds, rows, command_line(), console)
     text = json.dumps(result)
     if json_file is not None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .accept import MatchPicks
 from .budget import BestRows, Budget
+from .drafters import load_drafter
 from .generation import Composed
 from .hookspecs import hookimpl
 from .mask import refuse_attention
@@ -32,7 +34,8 @@ def compose(
 
     Args:
         base: any decoder-only model with full or sliding-window attention, in sdpa or eager. Never modified.
-        drafters: objects that guess the next tokens, such as `PromptTokens`; none decodes plainly.
+        drafters: objects that guess the next tokens, such as `PromptTokens`, or what `load_drafter` takes: a name, a
+            folder or a Hub id. None at all decodes plainly.
         budget: how many rows one forward may verify: measured on this machine when None (seconds, once, at the
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
         plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
@@ -46,7 +49,7 @@ def compose(
     """
     refuse_base(base)
     refuse_attention(base)
-    loaded = composition(drafters, plugins)
+    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], plugins)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))

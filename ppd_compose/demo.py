@@ -6,6 +6,7 @@ Knows how to show. Bases and prompt tokens come from elsewhere.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,14 +52,16 @@ def colour(sources: int) -> str:
     return COLOURS[((sources & -sources).bit_length() - 1) % len(COLOURS)] if sources else ""
 
 
-def demo(loaded: LoadedBase, drafter: Any, question: str, max_new_tokens: int, console: Console) -> dict[str, Any]:
+def demo(
+    loaded: LoadedBase, drafters: Sequence[Any], question: str, max_new_tokens: int, console: Console
+) -> dict[str, Any]:
     """Answer `question` twice and print what composing gave; returns the same as data."""
     ids = torch.tensor([encode(loaded.tokenizer, question)], device=loaded.model.device)
     painter = Painter(loaded.tokenizer, console, ids.shape[1])
-    model = compose(loaded.model, drafter, plugins=[painter])
+    model = compose(loaded.model, *drafters, plugins=[painter])
     console.print(f"[bold]{question}[/]\n")
     # Measures the machine, the first time, and warms it up for both.
-    compose(loaded.model, drafter).generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    _timed(compose(loaded.model, *drafters), ids, 8)
     fast, fast_seconds = _timed(model, ids, max_new_tokens)
     console.print("\n\n[dim]the same with plain generate ...[/]")
     plain, plain_seconds = _timed(loaded.model, ids, max_new_tokens)

@@ -13,8 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .demo_base import REPO, find_demo_base
-from .prompt import PromptTokens
-from .shipped import ADAPTER
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -32,11 +30,6 @@ class LoadedBase:
     tokenizer: Any
     name: str
     origin: str
-
-
-def load_drafter(source: str) -> PromptTokens:
-    """Prompt tokens by folder or Hub id; "ppd" are those shipped for SmolLM2-135M-Instruct."""
-    return PromptTokens.from_pretrained(ADAPTER if source == "ppd" else source)
 
 
 def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> LoadedBase:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,11 @@ class PromptTokens:
         """Load an adapter from a folder or the Hub; see `adapter.read_adapter` for what is refused."""
         adapter = read_adapter(source, revision=revision, token=token)
         return cls(adapter.embeddings, adapter.accuracy, adapter.identity)
+
+    @staticmethod
+    def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
+        """Whether a folder with this configuration holds prompt tokens."""
+        return config.get("peft_type") == "PPD"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`. Raises `ValueError` without an identity."""

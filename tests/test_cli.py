@@ -48,7 +48,7 @@ def test_every_command_has_help():
 
 def test_generate_writes_the_bases_answer(place):
     told = invoke(
-        "generate", "abcdef", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--rows", 8
+        "generate", "abcdef", *options(place), "--drafters", place / "adapter", "--max-new-tokens", 12, "--rows", 8
     )
     base, words = tiny(dtype=torch.float32, eos=60), tokenizer()
     ids = torch.tensor([words("abcdef")["input_ids"]])
@@ -57,7 +57,7 @@ def test_generate_writes_the_bases_answer(place):
 
 
 def test_demo_prints_the_ratio_and_whether_the_tokens_are_the_same(place):
-    told = invoke("demo", *options(place), "--adapter", place / "adapter", "--max-new-tokens", 12, "--question", "abc")
+    told = invoke("demo", *options(place), "--drafters", place / "adapter", "--max-new-tokens", 12, "--question", "abc")
     assert "the same tokens" in told.stdout
     assert "times the speed of generate" in told.stdout
 
@@ -90,7 +90,7 @@ def test_bench_takes_its_own_questions_in_six_categories():
 
 
 def test_plugins_lists_hooks(place):
-    told = invoke("plugins", "--adapter", place / "adapter")
+    told = invoke("plugins", "--drafters", place / "adapter")
     assert "propose" in told.stdout
     assert "ppd_compose.prompt.PromptTokens" in told.stdout.replace("\n", "")
 
@@ -119,8 +119,8 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
             "steps must be at least 1",
         ),
         (["generate", "a", "--base", "{}/base", "--dtype", "int3"], "dtype 'int3' is unknown"),
-        (["generate", "a", "--base", "{}/base", "--adapter", "{}/nothing"], "is no folder"),
-        (["demo", "--base", "{}/base", "--adapter", "{}/base"], "adapter_config.json is missing"),
+        (["generate", "a", "--base", "{}/base", "--drafters", "{}/nothing"], "is no folder"),
+        (["demo", "--base", "{}/base", "--drafters", "{}/base"], "which no installed kind of drafter knows"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(place, monkeypatch, capsys, words, message):

@@ -52,7 +52,7 @@ def test_tables_are_made_from_the_results(name):
 
 
 def test_the_shipped_adapter_is_small_and_loads():
-    tokens = PromptTokens.from_pretrained(shipped.ADAPTER)
-    assert sum(path.stat().st_size for path in shipped.ADAPTER.iterdir()) <= 30_000
+    tokens = PromptTokens.from_pretrained(shipped.shipped_drafter("ppd"))
+    assert sum(path.stat().st_size for path in shipped.shipped_drafter("ppd").iterdir()) <= 30_000
     assert tokens.embeddings.numel() <= 1e-4 * 134_515_008
-    assert "ppd-compose train ppd" in (shipped.ADAPTER / "README.md").read_text()
+    assert "ppd-compose train ppd" in (shipped.shipped_drafter("ppd") / "README.md").read_text()

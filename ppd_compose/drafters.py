@@ -1,0 +1,90 @@
+"""Drafters by name, folder or Hub id: which kind is it, and who loads it?
+
+Knows the entry points under which kinds of drafters are installed, and asks each whether a folder is its own. Does not
+know any kind.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from .plugins import installed
+from .shipped import shipped_drafter
+
+CONFIGS = ("adapter_config.json", "config.json")
+
+
+def load_drafter(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Any:
+    """Load a drafter of any installed kind.
+
+    Args:
+        source: the name of a shipped drafter ("ppd" and others, for SmolLM2-135M-Instruct), the name of a kind that
+            needs no files ("lookup", "recycling"), a folder, or a Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        token: of the Hub; None takes the one that was stored at login.
+
+    Raises:
+        FileNotFoundError: `source` is no name, folder or reachable repository.
+        ValueError: no installed kind knows the files, or the one that does refuses them.
+    """
+    kinds = installed()
+    if folder := shipped_drafter(str(source)):
+        return kinds[str(source)].from_pretrained(folder)
+    kind = kinds.get(str(source))
+    if kind is not None and not hasattr(kind, "from_pretrained"):
+        return kind()
+    config, files = _contents(source, revision, token, sorted(kinds))
+    for kind in kinds.values():
+        if hasattr(kind, "recognises") and kind.recognises(config, files):
+            return kind.from_pretrained(source, **_given(revision=revision, token=token))
+    raise ValueError(
+        f"{source} holds {sorted(files)}, which no installed kind of drafter knows: {', '.join(sorted(kinds))}"
+    )
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _contents(
+    source: str | Path, revision: str | None, token: str | None, names: list[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """The configuration and the names of the files of a folder or repository."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if str(source).count("/") != 1 or str(source).startswith("."):
+            raise FileNotFoundError(f"{source!r} is no drafter's name ({', '.join(names)}), no folder and no Hub id")
+        folder, files = _repository(str(source), revision, token)
+    else:
+        files = {path.name for path in folder.iterdir()}
+    for name in CONFIGS:
+        if name in files:
+            return _read(folder / name), files
+    return {}, files
+
+
+def _repository(repo: str, revision: str | None, token: str | None) -> tuple[Path, set[str]]:
+    """The folder with a repository's configuration, and the names of all its files; what is cached when offline."""
+    try:
+        files = set(HfApi().list_repo_files(repo, revision=revision, token=token))
+        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(CONFIGS))), files
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{repo} is no folder here and no repository that the Hub shows you: {error}") from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return folder, {path.name for path in folder.iterdir()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or save it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, a drafter's configuration is an object")
+    return config

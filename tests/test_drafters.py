@@ -1,0 +1,201 @@
+"""The drafters that need no files, drafters by name, and the checks that all of them pass."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from ppd_compose.integrations.lookup import PromptLookup, Text
+from ppd_compose.integrations.recycling import TokenRecycling
+from tiny import FAMILIES, prompt, prompt_tokens, tiny
+
+from ppd_compose import TokenTree, compose, hookimpl, load_drafter, plugins
+from ppd_compose.identity import Identity
+from ppd_compose.prompt import PromptTokens
+from ppd_compose.testing import DrafterFault, check_drafter, small_base
+
+OURS = {
+    "ppd": lambda base: prompt_tokens(),
+    "lookup": lambda base: PromptLookup(),
+    "recycling": lambda base: TokenRecycling(),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_pass_the_checks(name):
+    check_drafter(OURS[name])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("name", OURS)
+def test_ours_pass_the_checks_on_other_families(name, family):
+    check_drafter(OURS[name], tiny(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_without_files_together_give_the_tokens_of_generate(family):
+    base = tiny(family, attention="eager")
+    expected = base.generate(prompt(), max_new_tokens=50, do_sample=False)
+    model = compose(base, PromptLookup(), TokenRecycling(), prompt_tokens(), budget=24)
+    for _ in range(2):  # the second time with a table that is full
+        assert torch.equal(model.generate(prompt(), max_new_tokens=50, do_sample=False), expected)
+    assert model.stats.forwards < 50
+
+
+def test_the_automaton_knows_every_repeated_ending():
+    dice = random.Random(0)
+    for _ in range(150):
+        letters = [dice.randrange(3) for _ in range(dice.randrange(1, 40))]
+        text = Text()
+        for letter in letters:
+            text.append(letter)
+        match, size = text.link[text.last], len(letters)
+        lengths = [n for n in range(1, size) if any(letters[i : i + n] == letters[-n:] for i in range(size - n))]
+        longest = max(lengths, default=0)
+        assert text.length[match] == longest
+        if longest:
+            ending = letters[-longest:]
+            after = [letters[i + longest] for i in range(size - longest) if letters[i : i + longest] == ending]
+            assert {token: text.seen[state] for token, state in text.next[match].items()} == {
+                token: after.count(token) for token in after
+            }
+
+
+def test_lookup_guesses_what_followed_and_the_more_frequent_first():
+    text = Text()
+    for token in [1, 2, 3, 9, 1, 2, 3, 9, 1, 2, 4, 7, 1, 2]:
+        text.append(token)
+    found = list(text.continuations(6, 3, 1))
+    assert [found[0][:2], found[1][:2]] == [(3, 0), (9, 1)]
+    assert (4, 0) in [row[:2] for row in found]
+    assert all(claim < 0 for _, _, claim in found)
+    assert not list(Text().continuations(6, 3, 1))
+
+
+def test_lookup_trusts_matches_that_kept_their_promise():
+    kept, broken = Text(), Text()
+    for token in [1, 2, 3] * 10:
+        kept.judge(token)
+        kept.append(token)
+    dice = random.Random(1)
+    for _ in range(30):
+        token = dice.randrange(4)
+        broken.judge(token)
+        broken.append(token)
+    claims = [max(claim for _, _, claim in text.continuations(4, 1, 1)) for text in (kept, broken)]
+    assert claims[0] > claims[1]
+
+
+def test_recycling_keeps_what_the_model_said_and_continues_the_guesses_of_others():
+    base = tiny()
+    recycling = TokenRecycling(width=4)
+    model = compose(base, recycling, budget=16)
+    out = model.generate(prompt(), max_new_tokens=30, do_sample=False)[0]
+    with torch.no_grad():
+        logits = base(out[None]).logits[0]
+    token = int(out[-3])
+    last = int((out[:-2] == token).nonzero()[-1])
+    assert recycling.tokens[token].tolist() == logits[last].topk(4).indices.tolist()
+    np.testing.assert_allclose(recycling.chances[token], logits[last].softmax(-1).topk(4).values, rtol=1e-6)
+    tree = TokenTree.chain(int(out[0]), [token], [-0.1])
+    grown = recycling._grown(tree, 8)
+    assert grown.child(1, int(recycling.tokens[token][0])) is not None
+    assert len(grown) <= len(tree) + 8
+    recycling.reset()
+    assert not len(recycling.tokens)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PromptLookup(size=0), lambda: TokenRecycling(width=0), lambda: TokenRecycling(least=1)]
+)
+def test_senseless_settings_are_refused(make):
+    with pytest.raises(ValueError, match="got"):
+        make()
+
+
+class Bigrams:
+    """What followed the last token before, as a user might write it."""
+
+    name = "bigrams"
+
+    @hookimpl
+    def propose(self, step):
+        ids = step.ids
+        guesses = [b for a, b in pairwise(ids) if a == ids[-1]]
+        return TokenTree.chain(ids[-1], guesses[-1:], [-0.5]) if guesses else None
+
+
+def test_a_users_drafter_passes():
+    check_drafter(lambda base: Bigrams())
+
+
+class Leaves(Bigrams):
+    """Leaves a mark on the base."""
+
+    @hookimpl
+    def start(self, model, step):
+        for module in model.modules():
+            module.visited = True
+
+
+class Unrooted(Bigrams):
+    @hookimpl
+    def propose(self, step):
+        return TokenTree.chain(0, [1], [-0.5])
+
+
+class Silent(Bigrams):
+    @hookimpl
+    def propose(self, step):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Leaves, "'bigrams', check 'guesses_at_all': an attribute, hook, flag or weight of the base changed"),
+        (Unrooted, "row 0 must be the root"),
+        (Silent, "not one node or row in three generations"),
+    ],
+)
+def test_a_drafter_that_is_wrong_fails_with_its_name_and_what_happened(kind, message):
+    with pytest.raises(DrafterFault, match=message):
+        check_drafter(lambda base: kind())
+
+
+def test_drafters_by_name_and_folder(tmp_path):
+    assert isinstance(load_drafter("lookup"), PromptLookup)
+    assert isinstance(load_drafter("recycling"), TokenRecycling)
+    assert load_drafter("ppd").embeddings.shape == (3, 1, 576)
+    base = small_base()
+    mine = prompt_tokens()
+    mine.identity = Identity.of(base)
+    mine.save_pretrained(tmp_path / "mine")
+    assert isinstance(load_drafter(tmp_path / "mine"), PromptTokens)
+    model = compose(base, "lookup", tmp_path / "mine", "recycling")
+    assert list(model.plugins.drafters) == ["lookup", "ppd", "recycling"]
+
+
+def test_a_source_that_is_nothing_says_what_it_could_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'loookup' is no drafter's name \(.*lookup.*\), no folder and no Hub"):
+        load_drafter("loookup")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"'notes.txt'.*which no installed kind of drafter knows: .*ppd"):
+        load_drafter(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json holds list"):
+        load_drafter(tmp_path)
+
+
+def test_an_entry_point_that_fails_is_named_and_the_others_load(monkeypatch):
+    class Point:
+        name, value = "broken", "nowhere:Nothing"
+
+        def load(self):
+            raise ImportError("no module named nowhere")
+
+    good = plugins.entry_points(group=plugins.DRAFTERS)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Point(), *good])
+    with pytest.warns(UserWarning, match="'broken' .nowhere:Nothing. .* no module named nowhere"):
+        assert "ppd" in plugins.installed()
