@@ -44,13 +44,19 @@ def train_prompt_tokens(
     held_out: Sequence[Reply],
     recipe: PromptRecipe,
     checkpoints: Path,
+    start: Tensor | None = None,
 ) -> Trained:
     """Distil `base` into prompt tokens on its own `replies`, resuming from the newest of `checkpoints`.
 
+    Training begins at `start` `[n, v, hidden]`, or near the mean of the base's embeddings.
+
     The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
     recipe, replies and machine give the same rows, whether or not the run was interrupted.
-    Raises `ValueError` when no reply is long enough.
+    Raises `ValueError` when no reply is long enough, or `start` has another shape than the recipe.
     """
+    shape = (recipe.num_prompt_tokens, recipe.ensemble)
+    if start is not None and start.shape[:2] != shape:
+        raise ValueError(f"training was to start from {tuple(start.shape[:2])} embeddings, the recipe wants {shape}")
     recipe = replace(recipe, max_length=min(recipe.max_length, _longest(base, recipe)))
     mine = usable(replies, recipe, recipe.num_prompt_tokens)
 
@@ -60,7 +66,8 @@ def train_prompt_tokens(
         return guessed.told()
 
     with frozen(base):
-        rows = PromptRows(initial_embeddings(base, recipe)).to(base.device)
+        first = initial_embeddings(base, recipe) if start is None else start
+        rows = PromptRows(first).to(base.device)
         rows = run(rows, recipe, checkpoints, step)
         return Trained(rows.embeddings.detach().cpu(), evaluate(base, rows, held_out, recipe))
 

@@ -50,9 +50,13 @@ def command(
     seed: SeedOption = 0,
     checkpoint_every: CheckpointOption = 100,
     data: DataOption = "",
+    start_from: Annotated[
+        str | None, typer.Option(help="Adapter to train further; near the mean when left out.")
+    ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Train prompt tokens (Parallel Prompt Decoding) and write them as an adapter. Interrupted, it resumes."""
+    from .drafters import load_drafter
     from .prompts import read_prompts
     from .train import PromptRecipe
     from .train_job import train_ppd
@@ -66,6 +70,7 @@ def command(
     prompt = train_ppd(
         loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
         reply_tokens=reply_tokens, reply_batch=reply_batch, command=command_line(), data=data,
+        start=None if start_from is None else load_drafter(start_from),
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
     Console(stderr=True).print(f"adapter in {out}; top-1 by distance {first} on held-out replies")

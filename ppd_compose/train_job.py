@@ -41,15 +41,21 @@ def train_ppd(
     reply_batch: int = 32,
     command: str = "",
     data: str = "",
+    start: PromptTokens | None = None,
 ) -> PromptTokens:
     """Train prompt tokens for `base` on its own replies to `prompts` and save them to `out`.
 
-    The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts;
+    The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt;
     checkpoints lie in `out/checkpoints` until the adapter is written, so a killed call goes on where it stopped.
+    Training goes on from `start` where prompt tokens are given.
     """
+    if start is not None:
+        start.prepare(base)
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    trained = train_prompt_tokens(base, replies, held, recipe, out / "checkpoints")
+    trained = train_prompt_tokens(
+        base, replies, held, recipe, out / "checkpoints", None if start is None else start.embeddings
+    )
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
     prompt = PromptTokens(trained.embeddings, trained.accuracy, identity)

@@ -222,3 +222,15 @@ def test_the_loss_runs_on_all_families():
         rows = PromptRows(train_module.initial_embeddings(base, recipe))
         rows(base, batch, 0.8).loss.backward()
         assert torch.isfinite(rows.embeddings.grad).all(), family
+
+
+def test_training_goes_on_from_given_rows(tmp_path):
+    base = tiny(dtype=torch.float32)
+    mine = replies(base)
+    first = trained(base, tmp_path / "first")
+    still = PromptRecipe(**{**vars(RECIPE), "learning_rate": 1e-12})
+    again = train_prompt_tokens(base, mine[:-1], mine[-1:], still, tmp_path / "again", first.embeddings)
+    torch.testing.assert_close(again.embeddings, first.embeddings)
+    other = PromptRecipe(**{**vars(RECIPE), "num_prompt_tokens": 3})
+    with pytest.raises(ValueError, match=r"start from \(2, 2\) embeddings, the recipe wants \(3, 2\)"):
+        train_prompt_tokens(base, mine, [], other, tmp_path / "other", first.embeddings)
