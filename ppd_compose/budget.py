@@ -9,7 +9,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,15 @@ def _wait(model: PreTrainedModel) -> None:
         torch.accelerator.synchronize(model.device)
 
 
+@dataclass
+class _Pace:
+    """Running sums of one sequence, and the seconds by rows of its current step."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    curve: Floats = field(default_factory=lambda: np.ones(1))
+
+
 class BestRows:
     """Candidates and appended rows compete row by row for expected tokens per second.
 
@@ -137,29 +146,28 @@ class BestRows:
     def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
         values = _capped(stacked_parents(tree, appended), tree, appended)
-        seconds = step.budget.curve(len(step.ids))
-        best = np.argsort(-values, kind="stable")[: len(seconds)]
-        earned, seconds = np.cumsum(values[best]), seconds[: len(best)]
-        rate = self._rate(step)
-        worth = earned / seconds if rate is None else earned - rate * seconds
+        pace = step.memory.setdefault(self, _Pace())
+        pace.curve = step.budget.curve(len(step.ids))
+        best = np.argsort(-values, kind="stable")[: len(pace.curve)]
+        earned, seconds = np.cumsum(values[best]), pace.curve[: len(best)]
+        worth = earned - pace.tokens / pace.seconds * seconds if pace.seconds else earned / seconds
         keep = np.sort(best[: int(np.argmax(worth)) + 1])
         return cut(tree, appended, keep)
 
     @hookimpl
     def observe(self, step: Step) -> None:
         """Keep running sums of tokens and of the budget's own seconds."""
-        tokens, seconds = step.memory.get(self, (0.0, 0.0))
-        spent = float(step.budget.curve(len(step.ids))[step.rows - 1])
-        step.memory[self] = (FORGET * tokens + len(step.path), FORGET * seconds + spent)
-
-    def _rate(self, step: Step) -> float | None:
-        tokens, seconds = step.memory.get(self, (0.0, 0.0))
-        return tokens / seconds if seconds else None
+        pace = step.memory.get(self)
+        if pace is None:  # another plugin decides what fits
+            return
+        pace.tokens = FORGET * pace.tokens + len(step.path)
+        pace.seconds = FORGET * pace.seconds + float(pace.curve[step.rows - 1])
 
 
 def _capped(parents: Ints, tree: TokenTree, appended: Sequence[Appended]) -> Floats:
     """What each row earns, at most what the row it hangs from earns, so that a cut never orphans a row."""
-    values = np.concatenate([np.exp(tree.log_probs), *(rows.gains for rows in appended)]).tolist()
-    for row, parent in enumerate(parents.tolist()[1:], 1):
-        values[row] = min(values[row], values[parent])
-    return np.asarray(values)
+    values: Floats = np.concatenate([np.exp(tree.log_probs), *(rows.gains for rows in appended)])
+    parents = np.maximum(parents, 0)
+    while ((above := values[parents]) < values).any():  # once for every level that holds back a lower one
+        values = np.minimum(values, above)
+    return values

@@ -52,11 +52,13 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     """
     layers: list[Any] = list(cache.layers)
     moved = [(to - rows, row - rows) for to, row in enumerate(path) if to != row]
+    dropped = rows - len(path)
+    for layer in layers if moved or dropped else ():
+        layer.keys = _kept(layer.keys, moved, dropped)
+        layer.values = _kept(layer.values, moved, dropped)
     for layer in layers:
-        layer.keys = _kept(layer.keys, moved, rows - len(path))
-        layer.values = _kept(layer.values, moved, rows - len(path))
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length -= rows - len(path)
+        if layer.is_sliding:
+            layer.cumulative_length -= dropped
             layer.crop(0)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
@@ -195,7 +196,9 @@ class Decoding:
 
 def _below(node: int, rows: Appended, logits: Tensor) -> Answer:
     """The logits of the rows that hang from `node`."""
-    mine = rows.nodes == node
+    mine = np.flatnonzero(rows.nodes == node)
+    if len(mine) and mine[-1] - mine[0] == len(mine) - 1:  # as a rule they stand together, and need no copy
+        return Answer(rows.kinds[mine], logits[mine[0] : mine[-1] + 1])
     return Answer(rows.kinds[mine], logits[torch.from_numpy(mine).to(logits.device)])
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .step import Step
 from .tree import row_depths
 
@@ -61,8 +63,9 @@ class Stats:
         depths = row_depths(tree.parents)
         for bit, name in enumerate(self.drafters):
             mine = (tree.sources >> bit) & 1 == 1
-            self.candidates[name].update(depths[mine].tolist())
-            self.accepted[name].update(depths[n].item() for n in step.path if mine[n])
+            by_depth = np.bincount(depths[mine]).tolist()
+            self.candidates[name].update({depth: count for depth, count in enumerate(by_depth) if count})
+            self.accepted[name].update(depths[[node for node in step.path if mine[node]]].tolist())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for a report."""

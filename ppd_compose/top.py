@@ -18,12 +18,13 @@ def best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Fewer when the vocabulary is smaller. The best of each block come first and then the best of the best blocks: the
     same as one `topk` over all, which on a CPU is much slower.
     """
+    log_probs = logits.log_softmax(-1)
     rows, vocab = logits.shape
     if vocab <= BLOCK * width:
-        top, best = logits.topk(min(width, vocab))
-        return top - logits.logsumexp(-1, keepdim=True), best
-    padded = nn.functional.pad(logits, (0, -vocab % BLOCK), value=-math.inf) if vocab % BLOCK else logits
+        top, best = log_probs.topk(min(width, vocab))
+        return top, best
+    padded = nn.functional.pad(log_probs, (0, -vocab % BLOCK), value=-math.inf) if vocab % BLOCK else log_probs
     blocks = padded.view(rows, -1, BLOCK)
     chosen = blocks.amax(-1).topk(width).indices
     top, at = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(width)
-    return top - logits.logsumexp(-1, keepdim=True), chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+    return top, chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK

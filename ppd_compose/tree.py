@@ -173,6 +173,7 @@ def ancestors(parents: Ints) -> Bools:
 
 def union(trees: Sequence[TokenTree]) -> TokenTree:
     """Every path of `trees` once; a node keeps its highest claim and all who proposed it."""
+    trees = [tree for tree in trees if len(tree) > 1] or trees[:1]
     if len(trees) == 1:
         return trees[0]
     rows: list[list[Any]] = []
