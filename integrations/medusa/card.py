@@ -1,0 +1,82 @@
+"""The model card of trained Medusa heads: what they are for, how they were made, how good they are.
+
+Knows the card's text. Does not write files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .drafter import MedusaHeads
+
+TEMPLATE = """---
+base_model: {base}
+library_name: ppd_compose
+tags:
+- medusa
+- speculative-decoding
+- ppd_compose
+---
+
+# Medusa heads for {base}
+
+{heads} [Medusa](https://arxiv.org/abs/2401.10774) head(s) of {layers} residual block(s) each ({parameters:,}
+parameters) that guess the next tokens of `{base}` from its last hidden state. They use the base's own output head, {entries}.
+The base's weights and its output stay as they are.
+
+```python
+from ppd_compose import compose
+from ppd_compose.integrations.medusa import MedusaHeads
+
+model = compose(base, MedusaHeads.from_pretrained("this folder or repository"))
+model.generate(**inputs, max_new_tokens=128)
+```
+
+## Accuracy on held-out replies of the base
+
+How often the token at a distance was the guess of that rank or a better one.
+
+{table}
+
+## Training
+
+{facts}
+
+The heads belong to the weights with embedding fingerprint `{fingerprint}`; with other weights of the same shapes they
+still give the base's own tokens, but fewer guesses may be right.
+"""
+
+
+def model_card(made: MedusaHeads) -> str:
+    """Markdown with the Hub's metadata on top. Raises `ValueError` for heads that name no base or no accuracies."""
+    if made.identity is None or made.accuracy is None:
+        raise ValueError("a card names the base and the accuracies: give the heads identity and accuracy")
+    heads = made.heads
+    bias = 0 if heads.bias is None else heads.bias.numel()
+    return TEMPLATE.format(
+        base=made.identity.name,
+        heads=len(heads),
+        layers=heads.weight.shape[1],
+        parameters=heads.weight.numel() + bias,
+        entries="all of it" if heads.token_map is None else f"of it the rows of {heads.entries:,} frequent tokens",
+        table=_table(made.accuracy.cumsum(axis=1).tolist()),
+        facts="\n".join(
+            f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in made.training.items() if value != ""
+        ),
+        fingerprint=made.identity.fingerprint,
+    )
+
+
+def _table(within: list[list[float]]) -> str:
+    ranks = [rank for rank in (1, 2, 3, 5, 10) if rank <= len(within[0])]
+    lines = ["| head | " + " | ".join(f"top {rank}" for rank in ranks) + " |", "|---" * (len(ranks) + 1) + "|"]
+    for head, row in enumerate(within, 1):
+        lines.append(f"| {head} | " + " | ".join(f"{row[rank - 1]:.3f}" for rank in ranks) + " |")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    return f"`{value}`" if isinstance(value, str) and " --" in value else str(value)

@@ -1,0 +1,198 @@
+"""Medusa (arXiv 2401.10774) as a drafter: every head guesses the token at its own distance from one hidden state.
+
+Knows the hooks and what to refuse. The heads themselves are `heads`, their files `files`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.identity import Identity
+from ppd_compose.top import best_tokens
+from ppd_compose.tree import Ints
+
+from .choices import Choices
+from .files import Stored, read_folder, recognises, write_folder
+from .heads import Heads, Placed, output_head, output_rows, place
+from .layouts import LAYOUTS
+
+WIDTH = 10  # guesses taken from each head
+
+
+class MedusaHeads:
+    """Drafter: after the last accepted token, head k guesses the token k after the next one, which is the root.
+
+    The heads run once a step, on one hidden state, in the base's dtype and on its device. Nothing is put on the base.
+
+    Args:
+        heads: their tensors.
+        choices: a static tree as paths of ranks, in Medusa's form (section 2.3.3); None takes, anew at each step,
+            the likeliest paths when every distance is guessed on its own.
+        accuracy: `[head][rank]`, how often the guess of that rank was right on held-out replies. It is kept and
+            shown, and decides nothing.
+        identity: the base that the heads were trained for, checked by `compose`.
+        base_name: its name, where no more is known.
+        training: how they were trained, as plain data.
+
+    Raises:
+        ValueError: choices that are no tree or deeper than there are heads, or accuracies of another shape.
+    """
+
+    name = "medusa"
+
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        choices: Sequence[Sequence[int]] | None = None,
+        accuracy: Sequence[Sequence[float]] | None = None,
+        identity: Identity | None = None,
+        base_name: str = "",
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.heads = heads if identity is None else replace(heads, vocab_size=identity.vocab_size)
+        self.choices = None if choices is None else Choices.of(choices, len(heads))
+        self.identity, self.base_name = identity, identity.name if identity else base_name
+        self.training = dict(training or {})
+        self.accuracy = None if accuracy is None else np.asarray(accuracy, float)
+        if self.accuracy is not None and (
+            self.accuracy.ndim != 2 or len(self.accuracy) != len(heads) or not (abs(self.accuracy - 0.5) <= 0.5).all()
+        ):
+            raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self._at: dict[tuple[torch.device, torch.dtype], Heads] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        choices: Sequence[Sequence[int]] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> MedusaHeads:
+        """Load heads of any published layout from a folder or the Hub; see `files.read_folder` for what is refused.
+
+        A Medusa-2 checkpoint holds its own fine-tuned base: load the base from the same place.
+        """
+        stored = read_folder(source, revision=revision, token=token)
+        own = dict(stored.own)
+        try:
+            identity = Identity(**own["base"]) if own.get("base") else None
+            return cls(
+                stored.heads, choices=choices, accuracy=own.get("accuracy"), identity=identity,
+                base_name=stored.base_name, training=own.get("training"),
+            )  # fmt: skip
+        except TypeError as error:
+            raise ValueError(f"{source}: the config lacks a field of its base or has one too many: {error}") from None
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: str = "official",
+        dtype: torch.dtype | None = None,
+        base: PreTrainedModel | None = None,
+        card: str | None = None,
+    ) -> None:
+        """Write config and tensors.
+
+        Args:
+            layout: "official" (`medusa_lm_head.safetensors`, "version" 2 where the base's output head is used), or
+                "vllm" (`model.safetensors`).
+            dtype: of the tensors; None keeps theirs.
+            base: whose output head is stored with heads that use it; vLLM's layout needs that.
+            card: text of a README.md beside.
+
+        Raises:
+            ValueError: an unknown layout, or vLLM's without output heads or a vocabulary.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r} is unknown: take one of {', '.join(LAYOUTS)}")
+        heads = self.heads
+        if base is not None and not heads.outputs:
+            rows, _ = output_rows(base, heads.token_map)
+            heads = replace(heads, outputs=(rows,), vocab_size=Identity.of(base).vocab_size)
+        if layout == "vllm" and (not heads.outputs or heads.vocab_size is None):
+            raise ValueError("vLLM's layout stores output heads and the vocabulary's size: give base=, the base model")
+        if dtype is not None:
+            heads = heads.to(torch.empty(0, dtype=dtype))
+        own = {
+            "base": None if self.identity is None else asdict(self.identity),
+            "accuracy": None if self.accuracy is None else self.accuracy.tolist(),
+            "training": self.training,
+        }
+        write_folder(Stored(heads, self.base_name, own), Path(folder), layout, card)
+
+    @staticmethod
+    def recognises(config: Mapping[str, Any], files: set[str]) -> bool:
+        """Does a folder with this `config.json` (or {}) and these file names hold Medusa heads?"""
+        return recognises(config, files)
+
+    @hookimpl
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuse a base of another width or vocabulary; warn when only its weights differ from those trained on."""
+        base, heads = Identity.of(model), self.heads
+        width: int = output_head(model).weight.shape[1]
+        trained = self.identity or f"{self.base_name or 'a base'} of hidden size {heads.hidden_size}"
+        if width != heads.hidden_size:
+            raise ValueError(
+                f"these Medusa heads were trained for {trained}; they cannot be used on {base}, whose last hidden "
+                f"states have {width} numbers"
+            )
+        needed = heads.vocab_size or (0 if heads.token_map is None else int(heads.token_map.max()) + 1)
+        if needed > base.vocab_size or heads.vocab_size not in (None, base.vocab_size):
+            raise ValueError(
+                f"these Medusa heads were trained for {trained} and a vocabulary of {needed}; they cannot be used on "
+                f"{base}"
+            )
+        entries = heads.entries or base.vocab_size
+        if self.choices is not None and self.choices.width > entries:
+            raise ValueError(f"choices name rank {self.choices.width - 1}, the heads choose from {entries} tokens")
+        if self.identity is not None and base.fingerprint != self.identity.fingerprint:
+            warnings.warn(
+                f"these Medusa heads were trained for {self.identity}; {base} has the same shapes but other weights "
+                "(a quantised copy, a fine-tune): the tokens stay the same, but fewer guesses may be right",
+                stacklevel=2,
+            )
+
+    @hookimpl
+    def hidden_layers(self, model: PreTrainedModel) -> list[int]:
+        """The last one, which is normalised."""
+        return [model.config.get_text_config().num_hidden_layers]
+
+    @hookimpl
+    def start(self, step: Step, model: PreTrainedModel) -> None:
+        """Bring the heads to the model's device and dtype; kept there, as they may be large."""
+        weight = output_head(model).weight
+        key = (weight.device, weight.dtype)
+        if key not in self._at:
+            self._at[key] = self.heads.to(weight)
+        (layer,) = self.hidden_layers(model)
+        step.memory[self] = layer, place(self._at[key], model)
+
+    @hookimpl
+    def propose(self, step: Step) -> TokenTree:
+        """The static tree, or the likeliest paths when every distance is guessed on its own."""
+        layer, placed = step.memory[self]
+        log_probs, tokens = self._guesses(placed, step.hidden_states[layer][-1:])
+        if self.choices is not None:
+            return self.choices.tree(step.ids[-1], tokens, log_probs)
+        return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.budget.max_rows)
+
+    def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.float32], Ints]:
+        """Log-probabilities and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
+        logits = placed.logits(hidden)[:, 0].float()
+        log_probs, best = best_tokens(logits, WIDTH if self.choices is None else self.choices.width)
+        tokens = best if placed.heads.token_map is None else placed.heads.token_map[best]
+        return log_probs.numpy(force=True), tokens.numpy(force=True)

@@ -1,0 +1,200 @@
+"""Medusa heads as a folder: which file holds them, the config beside it, and the way from and to the Hub.
+
+Knows files and configs. Tensors and their names are `layouts`. Only Medusa's own `.pt` and `.bin` are unpickled, and
+of them tensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ppd_compose.storage import staged_file, write_text
+
+from .heads import Heads
+from .layouts import read_tensors, wanted, write_tensors
+
+CONFIG, HEADS, WHOLE = "config.json", "medusa_lm_head.safetensors", "model.safetensors"
+INDEX = ".index.json"
+# Heads alone come before a whole checkpoint, and a format that cannot hold code before one that can.
+NAMES = (HEADS, "medusa_lm_head.pt", WHOLE + INDEX, WHOLE, "pytorch_model.bin" + INDEX, "pytorch_model.bin")
+OWN = "ppd_compose"  # what configs of other programs do not hold
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a folder holds: the heads, the name of their base where it is told, and what this project adds."""
+
+    heads: Heads
+    base_name: str = ""
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_folder(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Stored:
+    """Read heads from a folder or a Hub repository, of which no more than the files with heads is fetched.
+
+    Raises:
+        FileNotFoundError: no file with heads, a shard that is missing, or `source` is no folder and no repository.
+        ValueError: a file is damaged or holds other tensors than its layout and config promise.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _fetch(str(source), revision, token)
+    config, path = read_config(folder), _heads_file(folder)
+    layout, heads = read_tensors(_load(path), str(path), one_output=bool(config.get("original_lm_head")))
+    _check_config(config, heads, layout, folder / CONFIG)
+    own = config.get(OWN, {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{folder / CONFIG}: {OWN} must be an object, got {type(own).__name__}")
+    vocab = config.get("vocab_size")
+    try:
+        heads = replace(heads, vocab_size=heads.vocab_size if vocab is None else vocab)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the vocab_size {vocab} of {CONFIG}: {error}") from None
+    return Stored(heads, str(config.get("base_model_name_or_path") or ""), own)
+
+
+def write_folder(stored: Stored, folder: Path, layout: str, card: str | None = None) -> None:
+    """Write `stored` to `folder`; each file is replaced whole, the config last."""
+    tensors = write_tensors(stored.heads, layout)
+    config = {"official": _official, "vllm": _vllm}[layout](stored)
+    with staged_file(folder / (HEADS if layout == "official" else WHOLE)) as staging:
+        save_file(tensors, staging, {"format": "pt"})
+    if card is not None:
+        write_text(folder / "README.md", card)
+    write_text(folder / CONFIG, json.dumps({**config, OWN: dict(stored.own)}, indent=2) + "\n")
+
+
+def recognises(config: Mapping[str, Any], files: Iterable[str]) -> bool:
+    """Does a folder with this config (or {}) and these file names hold Medusa heads?"""
+    return (
+        config.get("model_type") == "medusa"
+        or "MedusaModel" in (config.get("architectures") or [])
+        or "medusa_num_heads" in config
+        or any(name in NAMES[:2] for name in files)
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config, {} without one: heads alone need none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or save the heads again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be an object, got {type(config).__name__}: fetch or save the heads again")
+    return config
+
+
+def _official(stored: Stored) -> dict[str, Any]:
+    heads = stored.heads
+    return {
+        "medusa_num_heads": len(heads),
+        "medusa_num_layers": heads.weight.shape[1],
+        "base_model_name_or_path": stored.base_name,
+        **({} if heads.outputs else {"version": "2"}),
+        "hidden_size": heads.hidden_size,
+        "vocab_size": heads.vocab_size,
+    }
+
+
+def _vllm(stored: Stored) -> dict[str, Any]:
+    heads = stored.heads
+    return {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "base_model_name_or_path": stored.base_name,
+        "num_heads": len(heads),
+        "num_hidden_layers": heads.weight.shape[1],
+        "hidden_size": heads.hidden_size,
+        "vocab_size": heads.vocab_size,
+        "truncated_vocab_size": heads.entries,
+        "medusa_fc_bias": heads.bias is not None,
+        "original_lm_head": len(heads.outputs) == 1,
+    }
+
+
+def _check_config(config: Mapping[str, Any], heads: Heads, layout: str, path: Path) -> None:
+    """Is the file what the config says? `medusa_num_heads` is not asked: the first published configs have it wrong."""
+    real: dict[str, Any] = {"hidden_size": heads.hidden_size}
+    if layout == "vllm":
+        real |= {"num_heads": len(heads), "num_hidden_layers": heads.weight.shape[1], "logit_scale": 1.0}
+        vocab = config.get("vocab_size")
+        real["truncated_vocab_size"] = vocab if heads.token_map is None else len(heads.token_map)
+        if heads.token_map is not None and config.get("truncated_vocab_size") is None:
+            raise ValueError(f"{path} lacks truncated_vocab_size, beside a token_map of {len(heads.token_map)} entries")
+    for name, value in real.items():
+        if config.get(name, value) not in (None, value):
+            raise ValueError(f"{path} says {name} {config[name]}, the tensors say {value}: files of different heads")
+
+
+def _heads_file(folder: Path) -> Path:
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} holds no Medusa heads: expected one of {', '.join(NAMES)}")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that belong to heads, or of the shards that an index names."""
+    if not path.name.endswith(INDEX):
+        return _load_file(path)
+    places = _index(path)
+    found: dict[str, Tensor] = {}
+    for shard in sorted({places[name] for name in wanted(places)}):
+        if not (path.parent / shard).is_file():
+            raise FileNotFoundError(f"{path.parent / shard} is missing, {path.name} names it: fetch the folder again")
+        found |= _load_file(path.parent / shard)
+    if missing := sorted(set(wanted(places)) - found.keys()):
+        raise ValueError(f"{path} promises {missing[0]}, {places[missing[0]]} lacks it: fetch the folder again")
+    return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no index of shards ({error!r}): fetch the folder again") from None
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in wanted(file.keys())}
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the heads again") from None
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}")
+    return {name: held[name] for name in wanted(held)}
+
+
+def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
+    """The folder with the first of `NAMES` that the repository has, of a sharded one with the shards that matter."""
+    if repo.count("/") > 1 or repo.startswith((".", "/")):
+        raise FileNotFoundError(f"{repo} is no folder: give a folder with {HEADS} or {WHOLE}, or a Hub id")
+    for name in NAMES:
+        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, name]))
+        if not (folder / name).is_file():
+            continue
+        if name.endswith(INDEX):
+            places = _index(folder / name)
+            shards = sorted({places[key] for key in wanted(places)})
+            snapshot_download(repo, revision=revision, token=token, allow_patterns=shards)
+        break
+    return folder

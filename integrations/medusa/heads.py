@@ -1,0 +1,150 @@
+"""Medusa heads (arXiv 2401.10774, section 2.1) as tensors, and what they say after a hidden state.
+
+Knows residual blocks, output heads and truncated vocabularies. Does not know files, candidate trees or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of `layers` residual blocks each; head k (from 1) guesses the token k after the next one.
+
+    Attributes:
+        weight: `[heads, layers, hidden, hidden]`, of the blocks x + SiLU(Wx + b).
+        bias: `[heads, layers, hidden]`, or None where the blocks have none.
+        outputs: output heads `[entries, hidden]`: one a head, one for all, or none at all: the base's own is used.
+        token_map: `[entries]` int64, the token of each entry, or None where entry i is token i.
+        vocab_size: tokens of the base that the heads are for, where that is known.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a token map with a token twice.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    outputs: tuple[Tensor, ...] = ()
+    token_map: Tensor | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.weight.shape)
+        if len(shape) != 4 or 0 in shape or shape[2] != shape[3]:
+            raise ValueError(f"the blocks of Medusa heads must be [heads, layers, hidden, hidden], got {shape}")
+        if self.bias is not None and tuple(self.bias.shape) != shape[:3]:
+            raise ValueError(f"the biases must be {list(shape[:3])} as the blocks are, got {tuple(self.bias.shape)}")
+        if len(self.outputs) not in (0, 1, len(self)):
+            raise ValueError(f"{len(self)} heads take {len(self)} output heads, one or none, got {len(self.outputs)}")
+        sizes = {tuple(output.shape) for output in self.outputs}
+        if sizes and sizes != {(self.entries, self.hidden_size)}:
+            raise ValueError(f"output heads must all be [entries, {self.hidden_size}], got {sorted(sizes)}")
+        self._check_tokens()
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[3]
+
+    @property
+    def entries(self) -> int | None:
+        """How many tokens the heads choose from; None where it is all of the base's."""
+        if self.token_map is not None:
+            return len(self.token_map)
+        return len(self.outputs[0]) if self.outputs else self.vocab_size
+
+    def to(self, weight: Tensor) -> Heads:
+        """The same in the dtype and on the device of `weight`; not copied where they are so already."""
+        return replace(
+            self,
+            weight=self.weight.to(weight),
+            bias=None if self.bias is None else self.bias.to(weight),
+            outputs=tuple(output.to(weight) for output in self.outputs),
+            token_map=None if self.token_map is None else self.token_map.to(weight.device),
+        )
+
+    def _check_tokens(self) -> None:
+        known, tokens = self.vocab_size, self.token_map
+        if tokens is None:
+            if known is not None and self.entries != known:
+                raise ValueError(
+                    f"output heads of {self.entries} entries for a vocabulary of {known}: give a token_map"
+                )
+            return
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype != torch.int64 or bool((tokens < 0).any()):
+            raise ValueError(f"token_map must be tokens [entries] int64, got {tuple(tokens.shape)} {tokens.dtype}")
+        if len(tokens.unique()) != len(tokens):
+            raise ValueError("token_map holds a token twice: each entry must stand for a token of its own")
+        if known is not None and int(tokens.max()) >= known:
+            raise ValueError(f"token_map holds token {int(tokens.max())}, outside the vocabulary of {known}")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Heads ready to run beside one base: in its dtype, on its device, every output head at hand."""
+
+    heads: Heads
+    output_bias: Tensor | None  # [entries]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What each head says `[heads, rows, entries]` after `hidden` `[rows, hidden]`, in the dtype of the heads."""
+        heads = self.heads
+        states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
+        return entry_logits(states, heads.outputs, self.output_bias)
+
+
+def place(heads: Heads, model: PreTrainedModel) -> Placed:
+    """Give `heads`, which are on the model's device, its output head: referred to, or copied rows of a token map."""
+    if heads.outputs:
+        return Placed(heads, None)
+    weight, bias = output_rows(model, heads.token_map)
+    return Placed(replace(heads, outputs=(weight,)), bias)
+
+
+def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Block after block of every head: `hidden` `[rows, hidden]` -> `[heads, rows, hidden]`."""
+    states = hidden.expand(len(weight), *hidden.shape)
+    for layer in range(weight.shape[1]):
+        inner = states @ weight[:, layer].mT
+        states = states + silu(inner if bias is None else inner + bias[:, layer, None])
+    return states
+
+
+def entry_logits(states: Tensor, outputs: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """Logits `[heads, rows, entries]` of `states` `[heads, rows, hidden]` by one output head for all or one a head."""
+    if len(outputs) == 1:
+        return linear(states, outputs[0], bias)
+    return torch.stack([linear(own, output) for own, output in zip(states, outputs, strict=True)])
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The base's output head. Raises `ValueError` when it is not a matrix of floats `[vocab, hidden]`."""
+    head: Any = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        kind = type(head).__name__ if weight is None else f"{type(head).__name__} of {weight.dtype}"
+        raise ValueError(
+            f"Medusa heads need an output head with a matrix of floats; that of {type(model).__name__} is {kind}: "
+            "load the base with its output head unquantised"
+        )
+    return head  # type: ignore[no-any-return]
+
+
+def output_rows(model: PreTrainedModel, token_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The base's output head `[entries, hidden]` and its bias `[entries]`: all, or copies of `token_map`'s rows."""
+    head: Any = output_head(model)
+    weight, bias = head.weight.detach(), getattr(head, "bias", None)
+    if token_map is None:
+        return weight, None if bias is None else bias.detach()
+    rows = token_map.to(weight.device)
+    return weight.index_select(0, rows), None if bias is None else bias.detach()[rows]

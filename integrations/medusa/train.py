@@ -1,0 +1,164 @@
+"""From a base and prompts to Medusa heads: the whole of `ppd-compose train medusa`.
+
+Knows which replies, points and tokens are used, in which order. The loss is `loss`, the run itself the core's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppd_compose.identity import Identity
+from ppd_compose.loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
+from ppd_compose.prompts import Prompt
+from ppd_compose.replies import Reply
+from ppd_compose.states import ReplyStates
+from ppd_compose.train_job import split_replies, training_facts
+
+from .card import model_card
+from .drafter import WIDTH, MedusaHeads
+from .heads import Heads, output_rows
+from .loss import OUTSIDE, Batch, Blocks, Output
+
+
+@dataclass(frozen=True)
+class MedusaRecipe(Recipe):
+    """What decides the trained heads. `vocabulary`: how many of the most frequent tokens of the replies they choose
+    from, None for all; `kl`: share of the base's own distribution in the loss, 0 to 1."""
+
+    batch_size: int = 4
+    points: int = 128
+    learning_rate: float = 1e-3
+    heads: int = 4
+    layers: int = 1
+    vocabulary: int | None = 8192
+    kl: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.kl <= 1:
+            raise ValueError(f"kl is a share from 0 to 1, got {self.kl}")
+
+
+def train_medusa(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    out: Path,
+    recipe: MedusaRecipe,
+    *,
+    base_name: str | None = None,
+    held_out: int = 64,
+    reply_tokens: int = 160,
+    reply_batch: int = 32,
+    command: str = "",
+    data: str = "",
+) -> MedusaHeads:
+    """Train heads for `base` on its own replies to `prompts` and save them to `out`, in bfloat16.
+
+    The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts;
+    checkpoints lie in `out/checkpoints` until the heads are written, so a killed call goes on where it stopped.
+    """
+    begin = time.monotonic()
+    replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
+    heads, accuracy = train_heads(base, replies, held, recipe, out / "checkpoints")
+    identity = Identity.of(base)
+    identity = replace(identity, name=base_name or identity.name)
+    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    made = MedusaHeads(
+        heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=accuracy, identity=identity, training=facts
+    )
+    made.save_pretrained(out, card=model_card(made))
+    shutil.rmtree(out / "checkpoints")
+    return made
+
+
+def train_heads(
+    base: PreTrainedModel,
+    replies: Sequence[Reply],
+    held_out: Sequence[Reply],
+    recipe: MedusaRecipe,
+    checkpoints: Path,
+) -> tuple[Heads, list[list[float]]]:
+    """Heads in float32 that use the base's output head, and accuracies `[head][10]`: how often the token at that
+    distance was the guess of that rank, on held-out replies.
+
+    The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
+    recipe, replies and machine give the same heads, whether or not the run was interrupted.
+    Raises `ValueError` when no reply is long enough, or training diverged.
+    """
+    mine = usable(replies, recipe, recipe.heads)
+    tokens = None if recipe.vocabulary is None else frequent_tokens(mine, recipe.vocabulary)
+    with frozen(base):
+        output = Output(*output_rows(base, tokens))
+        batches = Batches(base, recipe, tokens)
+
+        def step(blocks: Blocks, number: int) -> Taught:
+            taught: Taught = blocks(
+                batches(replies_of_batch(mine, recipe, number), number), output, recipe.decay, recipe.kl
+            )
+            return taught
+
+        blocks = Blocks(recipe.heads, recipe.layers, output.weight.shape[1]).to(base.device)
+        blocks = run(blocks, recipe, checkpoints, step)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in blocks.parameters()):
+            raise ValueError(f"training diverged at a learning rate of {recipe.learning_rate}: take a smaller one")
+        heads = Heads(
+            blocks.weight.detach().cpu(), blocks.bias.detach().cpu(), (), tokens, Identity.of(base).vocab_size
+        )
+        return heads, evaluate(blocks, output, batches, held_out)
+
+
+def frequent_tokens(replies: Sequence[Reply], count: int) -> Tensor:
+    """The `count` most frequent tokens of the replies, ascending `[entries]` int64; fewer where there are fewer."""
+    seen = Counter(token for reply in replies for token in reply.reply)
+    ranked = sorted(seen, key=lambda token: (-seen[token], token))
+    return torch.tensor(sorted(ranked[:count]), dtype=torch.int64)
+
+
+class Batches:
+    """Replies as batches for the loss: hidden states, points drawn from seed and number, and the truth at them."""
+
+    def __init__(self, base: PreTrainedModel, recipe: MedusaRecipe, tokens: Tensor | None) -> None:
+        self.recipe, self.device = recipe, base.device
+        self.layer = base.config.get_text_config().num_hidden_layers
+        self.states = ReplyStates(base, [self.layer], recipe.max_length)
+        size = Identity.of(base).vocab_size
+        self.entry = torch.arange(size)
+        if tokens is not None:
+            self.entry = torch.full((size,), OUTSIDE).scatter_(0, tokens, torch.arange(len(tokens)))
+
+    def __call__(self, replies: Sequence[Reply], number: int) -> Batch:
+        """The batch `number` of `replies`, on the base's device."""
+        ahead, dice = self.recipe.heads, dice_of(self.recipe, number)
+        states, points, truth, offset = [], [], [], 0
+        for reply in replies:
+            ids = torch.tensor(reply.ids[: self.recipe.max_length])
+            drawn = draw_points(reply, self.recipe, ahead, dice)
+            states.append(self.states(reply)[self.layer])
+            points.append(offset + drawn)
+            truth.append(self.entry[ids[drawn + 1 + torch.arange(1, ahead + 1)[:, None]]])
+            offset += len(ids)
+        return Batch(torch.cat(states), torch.cat(points).to(self.device), torch.cat(truth, 1).to(self.device))
+
+
+@torch.no_grad()
+def evaluate(blocks: Blocks, output: Output, batches: Batches, replies: Sequence[Reply]) -> list[list[float]]:
+    """Accuracy by head and rank `[heads][10]` on `replies`; a token outside the vocabulary is a miss."""
+    hits = torch.zeros(batches.recipe.heads, WIDTH, dtype=torch.float64)
+    seen = 0
+    for number, reply in enumerate(r for r in replies if points_of(r, batches.recipe, batches.recipe.heads)):
+        batch = batches([reply], number)
+        logits = blocks.logits(batch, output)
+        top = logits.topk(min(WIDTH, logits.shape[-1])).indices
+        hits[:, : top.shape[-1]] += (top == batch.truth[..., None]).double().sum(1).cpu()
+        seen += len(batch.points)
+    return (hits / max(seen, 1)).tolist()
