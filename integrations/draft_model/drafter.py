@@ -1,0 +1,158 @@
+"""A smaller causal LM as a drafter: it reads what was accepted, and looks ahead of it.
+
+Knows how many forwards of the draft model a step gets and what each is for. The cache is `reading`, the candidate tree
+`growth`, who fits whom `fitting`, files `files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
+
+from .files import is_draft_folder, load_draft
+from .fitting import compare_vocabularies, refuse_draft
+from .growth import Growth
+from .reading import Reading
+from .shared import shared_token
+
+
+class DraftModel:
+    """Drafter: any smaller causal LM with the base's vocabulary (speculative decoding, arXiv 2211.17192).
+
+    A step looks ahead in `forwards` forwards of the draft model. The first reads what is new and expects the next token.
+    Each further one looks at the `width` likeliest guesses that were not looked at, at any depth, which makes the tree
+    of EAGLE-2 (arXiv 2406.16858, section 4.1) with the best nodes of all levels in the place of those of the last. With
+    `width` 1 that is the draft model's greedy chain.
+
+    With `n` prompt tokens each forward also has them below every node that it looks at: they expect the `n` tokens
+    after the node's next one, each on its own, so that one forward yields `n + 1` levels (PPD applied to the draft
+    model, arXiv 2405.18628, section 5). A further forward looks at the `width * (n + 1)` likeliest guesses: what the
+    draft model then expects itself takes the place of what prompt tokens higher up expected, and reaches `n + 1`
+    levels further. A draft model that was trained with one shared prompt token (PARD, arXiv 2504.18583; its
+    configuration says which) gets that token `depth - 1` times and drafts all in one forward.
+
+    Nodes claim what the draft model gives their path. It may live on another device than the base and in another dtype.
+
+    Args:
+        model: the draft model, in evaluation mode. Never modified.
+        depth: most tokens of a path.
+        width: guesses taken of each next token; 1 drafts a chain.
+        prompt_tokens: trained for the draft model itself; they take the place of a shared one.
+        forwards: of the draft model in a step; as many as reach `depth` when None.
+        tokenizer: the draft model's; with it `compose` sees whether the base's is the same.
+
+    Raises:
+        ValueError: depth, width or forwards below 1, or a shared prompt token outside the vocabulary.
+    """
+
+    name = "draft-model"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        depth: int = 4,
+        width: int = 1,
+        prompt_tokens: PromptTokens | None = None,
+        forwards: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        for name, value in (("depth", depth), ("width", width), ("forwards", forwards)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model, self.depth, self.width, self.prompt_tokens = model, depth, width, prompt_tokens
+        self.tokenizer, self.shared = tokenizer, shared_token(model.config)
+        self.n = len(prompt_tokens.embeddings) if prompt_tokens else depth - 1 if self.shared is not None else 0
+        self.forwards = forwards or -(-depth // (self.n + 1))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        depth: int = 4,
+        width: int = 1,
+        prompt_tokens: PromptTokens | None = None,
+        forwards: int | None = None,
+    ) -> DraftModel:
+        """Load a draft model, and its tokenizer where there is one, from a folder or the Hub; safetensors only.
+
+        Args:
+            source: folder or Hub id.
+            revision: branch, tag or commit of a Hub repository.
+            token: of the Hub; None takes the one that was stored at login.
+            tokenizer: of the draft model, where its folder has none.
+            dtype: of the weights; "auto" is that of the files.
+            device: where the draft model computes.
+            depth: this and what follows are those of the class.
+
+        Raises:
+            FileNotFoundError: no folder or repository, or one without safetensors.
+            ValueError: the files are no causal language model.
+        """
+        model, found = load_draft(source, revision, token, dtype, device)
+        return cls(model, depth, width, prompt_tokens, forwards, tokenizer or found)
+
+    @staticmethod
+    def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
+        """Whether a folder with this configuration holds a causal language model, and no heads or adapter."""
+        return is_draft_folder(config, files)
+
+    @hookimpl
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuse a draft model that cannot look at a tree or reads other tokens than the base."""
+        refuse_draft(self.model)
+        compare_vocabularies(self.model, model, self.tokenizer)
+        if self.prompt_tokens is not None:
+            self.prompt_tokens.prepare(self.model)
+
+    @hookimpl
+    def start(self, step: Step) -> None:
+        """Nothing is read yet: the prompt is read with the first draft."""
+        step.memory[self] = Reading(self.model, self._prompts(), step.vocab_size, self.width)
+
+    @hookimpl
+    def propose(self, step: Step) -> TokenTree | None:
+        """The likeliest paths below the root."""
+        reading: Reading = step.memory[self]
+        depth = min(self.depth, step.room - 1, self._room(step))
+        if depth < 1 or max(step.ids[reading.length :]) >= self._embedding().shape[0]:
+            return None
+        growth = Growth(step.ids[-1], depth, step.budget.max_rows, reading.read(step.ids, min(self.n, depth - 1)))
+        for _ in range(self.forwards - 1):
+            tokens, parents = growth.pending(self.width * (self.n + 1))
+            if not tokens:
+                break
+            growth.learn(tokens, parents, reading.look(tokens, parents, min(self.n, depth - 2)))
+        return growth.tree()
+
+    def _room(self, step: Step) -> int:
+        """Tokens that the draft model can expect after the root, as far as its positions go."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self.depth if positions is None else int(positions) - len(step.ids) + 1
+
+    def _prompts(self) -> Tensor:
+        """Prompt tokens `[n, v, hidden]` in the draft model's dtype and on its device."""
+        weight = self._embedding()
+        if self.prompt_tokens is not None:
+            return self.prompt_tokens.embeddings.to(weight)
+        if self.shared is None:
+            return weight.new_zeros(0, 1, weight.shape[1])
+        own: Tensor = self.model.get_input_embeddings()(torch.tensor([self.shared], device=weight.device))
+        return own.expand(self.n, 1, -1)
+
+    def _embedding(self) -> Tensor:
+        module: Any = self.model.get_input_embeddings()
+        weight: Tensor = module.weight
+        return weight

@@ -1,0 +1,74 @@
+"""Draft models as files: a folder or Hub repository with a causal language model in safetensors.
+
+Knows which files such a folder has and which other kinds of folders look alike. Nothing is unpickled or executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+# Keys of heads, of adapters and of drafters that need the base's hidden states.
+FOREIGN = (
+    "medusa_num_heads", "medusa_num_layers", "draft_vocab_size", "eagle_config", "speculators_model_type", "peft_type",
+    "dflash_config",
+)  # fmt: skip
+
+
+def is_draft_folder(config: Mapping[str, Any], files: Container[str]) -> bool:
+    """Whether `config` and the names of `files` are those of a causal language model in safetensors."""
+    architectures = config.get("architectures") or []
+    eagle = "bias" in config and config.get("num_hidden_layers") == 1  # EAGLE-1 and 2 call themselves Llamas
+    return (
+        any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+        and any(name in files for name in WEIGHTS)
+        and not any(key in config for key in FOREIGN)
+        and not eagle
+    )
+
+
+def load_draft(
+    source: str | Path, revision: str | None, token: str | None, dtype: str | torch.dtype, device: str | torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Model, in evaluation mode with sdpa attention, and tokenizer of a folder or Hub repository.
+
+    Raises:
+        FileNotFoundError: no folder or repository, or one without safetensors.
+        ValueError: the files are no causal language model.
+    """
+    folder = draft_folder(source, revision, token)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+    )
+    model.config.name_or_path = str(source)
+    return model.to(device).eval(), read_tokenizer(folder)
+
+
+def draft_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder itself or the downloaded one. Raises `FileNotFoundError` when it holds no model in safetensors."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if str(source).count("/") != 1 or str(source).startswith("."):
+            raise FileNotFoundError(f"{source} is no folder: give a folder with a model in safetensors, or a Hub id")
+        folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=list(PATTERNS)))
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle and is not opened: save it as safetensors" if pickles else ""
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}{hint}")
+    return folder
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, None when there is none."""
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer

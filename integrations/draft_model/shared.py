@@ -1,0 +1,48 @@
+"""The one prompt token that a draft model was trained with (PARD), an id of its own vocabulary.
+
+Knows under which keys configurations name it, and which ids are free to become it. Does not know how it is trained.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# As vLLM reads them for parallel drafting with a draft model; the first is the one that PARD's own files have.
+KEYS = ("pard_token", "ptd_token_id")
+
+
+def shared_token(config: PreTrainedConfig) -> int | None:
+    """The id, None when the configuration names none. Raises `ValueError` when it is no token."""
+    for key in KEYS:
+        value = getattr(config, key, None)
+        if value is None:
+            continue
+        size = config.get_text_config().vocab_size
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
+            raise ValueError(f"the draft model's configuration has {key}={value!r}: it must be a token below {size}")
+        return value
+    return None
+
+
+def choose_token(given: str | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a token that no text holds.
+
+    Args:
+        given: an id or the text of a token; None takes the last row of the vocabulary that the tokenizer does not use.
+
+    Raises:
+        ValueError: `given` is no token, or there is no unused row.
+    """
+    size = config.get_text_config().vocab_size
+    used: dict[str, int] = tokenizer.get_vocab()
+    if given is None:
+        if max(used.values()) >= size - 1:
+            raise ValueError(
+                f"the tokenizer uses all {size} rows of the vocabulary: name a token that the base never writes, "
+                "such as a reserved one, by its id or its text"
+            )
+        return size - 1
+    found = used.get(given, int(given) if given.isdecimal() else -1)
+    if not 0 <= found < size:
+        raise ValueError(f"{given!r} is no token of this vocabulary of {size}: give an id or the text of a token")
+    return found
