@@ -105,7 +105,8 @@ def test_hook_hidden_layers(family):
     expected = base(out, output_hidden_states=True).hidden_states
     for layer in (1, 3):
         mine = torch.cat([states[layer] for states in high.seen])
-        torch.testing.assert_close(mine, expected[layer][0, : len(mine)])
+        # Eager attention takes its softmax in float32.
+        torch.testing.assert_close(mine, expected[layer][0, : len(mine)], atol=1e-4, rtol=1e-4)
     assert len(mine) >= out.shape[1] - 1
     with pytest.raises(ValueError, match=r"\[4\] were asked for, \w+ has those of 0 to 3"):
         run(base, Wants([4]))
