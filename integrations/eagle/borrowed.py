@@ -1,0 +1,88 @@
+"""What a head takes from the base that it drafts for: its embedding, its output head, its dtype and device.
+
+Knows where a base keeps them. Nothing here writes to the base or registers anything on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .head import Head
+from .network import DraftNetwork
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """Logits of the tokens that can be drafted, calibrated as the base's own."""
+
+    weight: Tensor  # [draft vocab, hidden]
+    bias: Tensor | None = None  # [draft vocab]
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ids: Tensor | None = None) -> OutputHead:
+        """The rows `ids` int64 of the base's output head, or all of it, which is not copied then.
+
+        Raises:
+            ValueError: the base has none, or one that is no matrix of floats.
+        """
+        module: Any = model.get_output_embeddings()
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"the output head of {type(model).__name__} is {type(module).__name__}, not a matrix of floats whose "
+                "rows a draft head can use: load the base with its output head not quantised"
+            )
+        config: Any = model.config.get_text_config()
+        bias = getattr(module, "bias", None)
+        # What bases do to the logits after their output head: Cohere, Granite and Gemma name it so.
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(_rows(weight, ids), None if bias is None else _rows(bias, ids), float(scale), cap)
+
+    def to(self, like: Tensor) -> OutputHead:
+        """The same in the dtype and on the device of `like`."""
+        bias = None if self.bias is None else self.bias.to(like)
+        return OutputHead(self.weight.to(like), bias, self.scale, self.cap)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[rows, draft vocab]` float32 of `hidden` `[rows, hidden]`."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def _rows(weight: Tensor, ids: Tensor | None) -> Tensor:
+    return weight.detach() if ids is None else weight.detach()[ids.to(weight.device)]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A head ready to draft: all on one device, in one dtype."""
+
+    network: DraftNetwork
+    embed: Callable[[Tensor], Tensor]  # token ids int64 [rows] to [rows, hidden]
+    output: OutputHead
+    target_ids: Tensor | None  # int64 [draft vocab], the token that each draft id stands for; None: itself
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and positions must lie."""
+        return self.output.weight.device
+
+
+def borrow(head: Head, model: PreTrainedModel) -> Parts:
+    """`head` on the device of the base's embedding and in its dtype."""
+    module: Any = model.get_input_embeddings()
+    like = module.weight
+    network = DraftNetwork.of(head.config, {name: tensor.to(like) for name, tensor in head.network.items()})
+    output = OutputHead.of(model, head.target_ids) if head.lm_head is None else OutputHead(head.lm_head)
+    embed = module if head.embedding is None else nn.Embedding.from_pretrained(head.embedding.to(like))
+    ids = None if head.target_ids is None else head.target_ids.to(like.device)
+    return Parts(network.requires_grad_(False), embed, output.to(like), ids)

@@ -1,0 +1,184 @@
+"""The files of EAGLE heads: official EAGLE-1/2 and EAGLE-3, SpecForge and speculators.
+
+Knows file and tensor names and refuses what is missing, surplus, misshapen or not finite. Nothing is executed: pickles
+are read as tensors only. Does not know what the tensors compute, nor how a head is written.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ppd_compose.identity import Identity
+
+from .config import OWN, EagleConfig, parse
+from .head import CARD, CONFIG, D2T, EMBEDDING, FORMAT, LM_HEAD, T2D, TENSORS, Head
+from .network import DraftNetwork
+
+SOURCES = (f"{TENSORS}.index.json", TENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
+# Copies of the base's own norm and output head, which a training may leave in a speculators file.
+COPIES = ("verifier_norm.weight", "verifier_lm_head.weight")
+
+
+def read_head(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Head:
+    """Read the files of a folder or a Hub repository.
+
+    Raises:
+        FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
+        ValueError: a file is damaged or no EAGLE head, or asks for what a head here cannot do.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), revision, token)
+    raw = _read_json(folder / CONFIG)
+    tensors, path = _tensors(folder)
+    config = parse(raw, set(tensors), str(folder / CONFIG))
+    network = _network(tensors, config, path)
+    own = raw.get(OWN) or {}
+    if own and own.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {own.get('format')!r}, this version reads {FORMAT}: upgrade")
+    try:
+        identity = Identity(**own["base"]) if own.get("base") else None
+        accuracy = tuple(float(share) for share in own.get("accuracy", ()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: a field of {OWN!r} is wrong: {error}") from None
+    return Head(
+        config, network, tensors.get(EMBEDDING), tensors.get(LM_HEAD), _target_ids(tensors, config, path),
+        identity, accuracy, own.get("training", {}),
+    )  # fmt: skip
+
+
+def is_head(config: Mapping[str, Any], files: Collection[str]) -> bool:
+    """Whether a folder with this configuration and these files holds an EAGLE head.
+
+    The official configurations of EAGLE-1/2 are those of a Llama of one layer: it is a head when there is no tokenizer,
+    without which no model is saved.
+    """
+    if "speculators_model_type" in config:
+        return bool(config["speculators_model_type"] == "eagle3")
+    if "draft_vocab_size" in config or (OWN in config and "rms_norm_eps" in config):
+        return True
+    alone = not any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
+    return config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and alone
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    if repo.count("/") != 1 or repo.startswith("."):
+        raise FileNotFoundError(f"{repo} is no folder: give a folder with {CONFIG} and {TENSORS}, or a Hub id")
+    patterns = [CONFIG, CARD, "*.safetensors", "*.safetensors.index.json"]
+    folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+    if not any(folder.glob("*.safetensors")):
+        pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+        snapshot_download(repo, revision=revision, token=token, allow_patterns=[*patterns, *pickles])
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: an EAGLE head is a folder with {CONFIG} and {TENSORS}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or save the head again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, a head's configuration is an object")
+    return raw
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a head under the names of `DraftNetwork`, and the file to be named in what is said of them."""
+    path = next((folder / name for name in SOURCES if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(SOURCES)}: fetch or save the head again")
+    found = dict(_sharded(path) if path.name.endswith(".index.json") else _read(path))
+    if not any(name.startswith(("midlayer.", "layers.0.")) for name in found):
+        raise ValueError(f"{path} holds no draft layer (midlayer.* or layers.0.*), it is no EAGLE head: {_some(found)}")
+    renamed = {}
+    for name, tensor in found.items():
+        for prefix in ("midlayer.", "layers.0."):
+            name = f"layer.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+        if name not in COPIES:
+            renamed[name] = tensor
+    return renamed, path
+
+
+def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all files that an index names; one that is not where the index says is a `ValueError`."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files beside it: fetch or save the head again")
+    for name in sorted(set(places.values())):
+        shard = _read(index.parent / name)
+        if lost := [tensor for tensor, place in places.items() if place == name and tensor not in shard]:
+            raise ValueError(f"{index.parent / name} lacks {_some(lost)}, which {index.name} says it holds")
+        yield from shard.items()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, its index names it: fetch or save the head again")
+    try:
+        pickled = path.suffix == ".bin"
+        found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the head again") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} holds other things than tensors by name: it is no EAGLE head")
+    return found
+
+
+def _network(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> dict[str, Tensor]:
+    """The tensors of the draft network; all of `tensors` are checked for what they must be."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in DraftNetwork(config).state_dict().items()}
+    allowed = dict(expected)
+    allowed[EMBEDDING] = (config.vocab_size, config.hidden_size)
+    if config.version == 3:
+        allowed[LM_HEAD] = (config.draft_vocab_size, config.hidden_size)
+        allowed[D2T], allowed[T2D] = (config.draft_vocab_size,), (config.vocab_size,)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{path} lacks {_some(missing)}: fetch or save the head again")
+    if surplus := sorted(tensors.keys() - allowed.keys()):
+        raise ValueError(f"{path} holds {_some(surplus)}, which no EAGLE-{config.version} head of its {CONFIG} has")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != allowed[name]:
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, {CONFIG} promises {allowed[name]}")
+        if name not in (D2T, T2D) and not (tensor.is_floating_point() and tensor.element_size() > 1):
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, a head's weights must be floats of 16 bits or more")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values: the file is damaged or training diverged")
+    return {name: tensors[name] for name in expected}
+
+
+def _target_ids(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> Tensor | None:
+    """The token of the base that each draft id stands for: id + d2t[id]."""
+    d2t, t2d = tensors.get(D2T), tensors.get(T2D)
+    if d2t is None:
+        if config.draft_vocab_size != config.vocab_size:
+            raise ValueError(
+                f"{path} lacks d2t: {CONFIG} promises {config.draft_vocab_size} draft tokens of {config.vocab_size}, "
+                "and nothing says which"
+            )
+        return None
+    if len(d2t) == config.vocab_size and not d2t.any():
+        return None  # then the official code writes both maps, and fills neither
+    ids = torch.arange(len(d2t)) + d2t.long()
+    if len(ids.unique()) < len(ids) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+        raise ValueError(f"{path}: d2t does not map the draft ids to as many tokens below {config.vocab_size}")
+    if t2d is not None and not torch.equal(t2d.bool().nonzero()[:, 0], ids.sort().values):
+        raise ValueError(f"{path}: t2d marks other tokens than d2t maps to: the file is damaged")
+    return ids
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
