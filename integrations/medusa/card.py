@@ -22,8 +22,8 @@ tags:
 # Medusa heads for {base}
 
 {heads} [Medusa](https://arxiv.org/abs/2401.10774) head(s) of {layers} residual block(s) each ({parameters:,}
-parameters) that guess the next tokens of `{base}` from its last hidden state. They use the base's own output head, {entries}.
-The base's weights and its output stay as they are.
+parameters) that guess the next tokens of `{base}` from its last hidden state. They use the base's own
+output head, {entries}. The base's weights and its output stay as they are.
 
 ```python
 from ppd_compose import compose

@@ -15,75 +15,12 @@ from ppd_compose import TokenTree
 from ppd_compose.tree import Bools, Floats, Ints, ancestors
 
 # The 63 nodes of `mc_sim_7b_63` in medusa/model/medusa_choices.py of github.com/FasterDecoding/Medusa, the default
-# of the official code: one word a path, one digit a rank.
-MC_SIM_7B_63 = [
-    [int(rank) for rank in path]
-    for path in [
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-        "9",
-        "00",
-        "01",
-        "02",
-        "03",
-        "04",
-        "05",
-        "06",
-        "07",
-        "08",
-        "09",
-        "10",
-        "11",
-        "12",
-        "13",
-        "14",
-        "15",
-        "16",
-        "20",
-        "21",
-        "22",
-        "30",
-        "31",
-        "40",
-        "50",
-        "60",
-        "70",
-        "80",
-        "90",
-        "000",
-        "001",
-        "002",
-        "003",
-        "004",
-        "005",
-        "006",
-        "007",
-        "008",
-        "009",
-        "010",
-        "011",
-        "012",
-        "020",
-        "021",
-        "030",
-        "040",
-        "050",
-        "060",
-        "070",
-        "100",
-        "101",
-        "200",
-        "0000",
-        "0001",
-    ]
-]
+# of the official code, as the number of children of each path, whose ranks are its digits.
+_CHILDREN = {
+    "": 10, "0": 10, "1": 7, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1, "8": 1, "9": 1, "00": 10, "01": 3,
+    "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1, "10": 2, "20": 1, "000": 2,
+}  # fmt: skip
+MC_SIM_7B_63 = [[*map(int, path), rank] for path, count in _CHILDREN.items() for rank in range(count)]
 
 
 @dataclass(frozen=True)

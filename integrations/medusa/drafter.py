@@ -123,7 +123,7 @@ class MedusaHeads:
         if base is not None and not heads.outputs:
             rows, _ = output_rows(base, heads.token_map)
             heads = replace(heads, outputs=(rows,), vocab_size=Identity.of(base).vocab_size)
-        if layout == "vllm" and (not heads.outputs or heads.vocab_size is None):
+        if layout == "vllm" and (not heads.outputs or heads.vocabulary is None):
             raise ValueError("vLLM's layout stores output heads and the vocabulary's size: give base=, the base model")
         if dtype is not None:
             heads = heads.to(torch.empty(0, dtype=dtype))
@@ -150,8 +150,8 @@ class MedusaHeads:
                 f"these Medusa heads were trained for {trained}; they cannot be used on {base}, whose last hidden "
                 f"states have {width} numbers"
             )
-        needed = heads.vocab_size or (0 if heads.token_map is None else int(heads.token_map.max()) + 1)
-        if needed > base.vocab_size or heads.vocab_size not in (None, base.vocab_size):
+        needed = heads.vocabulary or (0 if heads.token_map is None else int(heads.token_map.max()) + 1)
+        if needed > base.vocab_size or heads.vocabulary not in (None, base.vocab_size):
             raise ValueError(
                 f"these Medusa heads were trained for {trained} and a vocabulary of {needed}; they cannot be used on "
                 f"{base}"

@@ -58,8 +58,10 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
     if not isinstance(own, dict):
         raise ValueError(f"{folder / CONFIG}: {OWN} must be an object, got {type(own).__name__}")
     vocab = config.get("vocab_size")
+    if vocab is not None and (not isinstance(vocab, int) or vocab < 1):
+        raise ValueError(f"{folder / CONFIG}: vocab_size must be a whole number of at least 1, got {vocab!r}")
     try:
-        heads = replace(heads, vocab_size=heads.vocab_size if vocab is None else vocab)
+        heads = replace(heads, vocab_size=vocab)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the vocab_size {vocab} of {CONFIG}: {error}") from None
     return Stored(heads, str(config.get("base_model_name_or_path") or ""), own)
@@ -108,7 +110,7 @@ def _official(stored: Stored) -> dict[str, Any]:
         "base_model_name_or_path": stored.base_name,
         **({} if heads.outputs else {"version": "2"}),
         "hidden_size": heads.hidden_size,
-        "vocab_size": heads.vocab_size,
+        "vocab_size": heads.vocabulary,
     }
 
 
@@ -121,7 +123,7 @@ def _vllm(stored: Stored) -> dict[str, Any]:
         "num_heads": len(heads),
         "num_hidden_layers": heads.weight.shape[1],
         "hidden_size": heads.hidden_size,
-        "vocab_size": heads.vocab_size,
+        "vocab_size": heads.vocabulary,
         "truncated_vocab_size": heads.entries,
         "medusa_fc_bias": heads.bias is not None,
         "original_lm_head": len(heads.outputs) == 1,

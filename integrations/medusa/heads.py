@@ -47,7 +47,10 @@ class Heads:
         sizes = {tuple(output.shape) for output in self.outputs}
         if sizes and sizes != {(self.entries, self.hidden_size)}:
             raise ValueError(f"output heads must all be [entries, {self.hidden_size}], got {sorted(sizes)}")
-        self._check_tokens()
+        if self.token_map is not None:
+            check_tokens(self.token_map, self.vocab_size)
+        elif self.vocab_size not in (None, self.entries):
+            raise ValueError(f"output heads of {self.entries} entries for {self.vocab_size} tokens: give a token_map")
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -57,11 +60,17 @@ class Heads:
         return self.weight.shape[3]
 
     @property
+    def vocabulary(self) -> int | None:
+        """Tokens of the base that the heads are for, where that is told or can be seen."""
+        whole = self.outputs and self.token_map is None
+        return len(self.outputs[0]) if whole else self.vocab_size
+
+    @property
     def entries(self) -> int | None:
         """How many tokens the heads choose from; None where it is all of the base's."""
         if self.token_map is not None:
             return len(self.token_map)
-        return len(self.outputs[0]) if self.outputs else self.vocab_size
+        return self.vocabulary
 
     def to(self, weight: Tensor) -> Heads:
         """The same in the dtype and on the device of `weight`; not copied where they are so already."""
@@ -72,21 +81,6 @@ class Heads:
             outputs=tuple(output.to(weight) for output in self.outputs),
             token_map=None if self.token_map is None else self.token_map.to(weight.device),
         )
-
-    def _check_tokens(self) -> None:
-        known, tokens = self.vocab_size, self.token_map
-        if tokens is None:
-            if known is not None and self.entries != known:
-                raise ValueError(
-                    f"output heads of {self.entries} entries for a vocabulary of {known}: give a token_map"
-                )
-            return
-        if tokens.ndim != 1 or not len(tokens) or tokens.dtype != torch.int64 or bool((tokens < 0).any()):
-            raise ValueError(f"token_map must be tokens [entries] int64, got {tuple(tokens.shape)} {tokens.dtype}")
-        if len(tokens.unique()) != len(tokens):
-            raise ValueError("token_map holds a token twice: each entry must stand for a token of its own")
-        if known is not None and int(tokens.max()) >= known:
-            raise ValueError(f"token_map holds token {int(tokens.max())}, outside the vocabulary of {known}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,18 @@ class Placed:
         heads = self.heads
         states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
         return entry_logits(states, heads.outputs, self.output_bias)
+
+
+def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
+    """Raise `ValueError` unless `token_map` holds different tokens `[entries]` int64, of a vocabulary of that size."""
+    kind = f"{list(token_map.shape)} {token_map.dtype}"
+    if token_map.ndim != 1 or not len(token_map) or token_map.dtype != torch.int64:
+        raise ValueError(f"token_map must be tokens [entries] int64, got {kind}")
+    if len(token_map.unique()) != len(token_map):
+        raise ValueError("token_map holds a token twice: each entry must stand for a token of its own")
+    lowest, highest = int(token_map.min()), int(token_map.max())
+    if lowest < 0 or (vocab_size is not None and highest >= vocab_size):
+        raise ValueError(f"token_map holds tokens {lowest} to {highest}, outside the vocabulary of {vocab_size}")
 
 
 def place(heads: Heads, model: PreTrainedModel) -> Placed:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .heads import Heads
+from .heads import Heads, check_tokens
 
 BESIDE_A_BASE = "medusa_head."
 TOKEN_MAP = "token_map"
@@ -117,8 +117,8 @@ def _read(
         biases = []
     outputs = _output_names(tensors, layout, heads, layers, one_output)
     _compare(tensors, [*weights, *biases, *outputs], where)
-    width = tensors[weights[0]].shape[-1:]
-    for names, shape in ((weights, (*width, *width)), (biases, width), (outputs, (None, *width))):
+    width = (*tensors[weights[0]].shape[-1:],) or ("hidden",)
+    for names, shape in ((weights, width * 2), (biases, width), (outputs, ("entries", *width))):
         for name in names:
             _check(tensors[name], shape, f"{where}: {name}")
     blocks = _stack(tensors, weights, heads, layers)
@@ -130,6 +130,7 @@ def _made(weight: Tensor, bias: Tensor | None, outputs: list[Tensor], token_map:
     """The heads; output heads of all tokens are cut to the rows of `token_map`."""
     try:
         if token_map is not None:
+            check_tokens(token_map)
             outputs = [output[token_map] if len(output) > len(token_map) else output for output in outputs]
         return Heads(weight, bias, tuple(outputs), token_map)
     except (ValueError, IndexError) as error:
@@ -157,12 +158,11 @@ def _compare(tensors: Mapping[str, Tensor], expected: list[str], where: str) -> 
         raise ValueError(f"{where} holds {_some(surplus)}, which belong to no Medusa head: another layout, or damaged")
 
 
-def _check(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    sizes = [size if size is not None else "entries" for size in shape]
-    if len(shape) != tensor.ndim or any(
-        size not in (None, real) for size, real in zip(shape, tensor.shape, strict=True)
-    ):
-        raise ValueError(f"{what} must be {sizes}, got {list(tensor.shape)}: heads of different models are mixed")
+def _check(tensor: Tensor, shape: tuple[int | str, ...], what: str) -> None:
+    """Refuse `tensor` when it is not of `shape`, where a word stands for any size, or not of finite floats."""
+    real = tuple(tensor.shape)
+    if len(shape) != len(real) or any(a != b for a, b in zip(shape, real, strict=True) if isinstance(a, int)):
+        raise ValueError(f"{what} must be {list(shape)}, got {list(real)}: heads of different models are mixed")
     if not tensor.is_floating_point():
         raise ValueError(f"{what} must hold floats, got {tensor.dtype}: quantised heads are not read")
     if not torch.isfinite(tensor).all():
