@@ -78,7 +78,7 @@ def parse(raw: Mapping[str, Any], names: Collection[str], where: str) -> EagleCo
         ValueError: no EAGLE head, a field missing or of a kind that cannot be honoured; it begins with `where`.
     """
     layer = _layer_fields(raw, where)
-    version = 3 if "layer.hidden_norm.weight" in names else 1
+    version = 3 if "layer.hidden_norm.weight" in names or "norm.weight" in names or "draft_vocab_size" in raw else 1
     _refuse(raw, layer, where)
     layers = _layers(raw, where) if version == 3 else None
     hidden, vocab = layer["hidden_size"], layer["vocab_size"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -138,8 +139,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _network(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> dict[str, Tensor]:
     """The tensors of the draft network; all of `tensors` are checked for what they must be."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DraftNetwork(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in DraftNetwork(config).state_dict().items()}
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.parent / CONFIG} describes a layer that cannot be built: {error}") from None
     allowed = dict(expected)
     allowed[EMBEDDING] = (config.vocab_size, config.hidden_size)
     if config.version == 3:
