@@ -294,6 +294,15 @@ def test_what_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_saving_replaces_heads_and_never_hides_behind_others(tmp_path):
+    MedusaHeads(random_heads(outputs=4)).save_pretrained(tmp_path)
+    newer = random_heads(outputs=4, seed=1)
+    MedusaHeads(newer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds medusa_lm_head.safetensors, which would be read instead"):
+        MedusaHeads(random_heads(outputs=4)).save_pretrained(tmp_path, layout="vllm")
+    same(MedusaHeads.from_pretrained(tmp_path), newer)
+
+
 @pytest.mark.parametrize(
     ("config", "names", "mine"),
     [

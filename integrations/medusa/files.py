@@ -68,10 +68,16 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
 
 
 def write_folder(stored: Stored, folder: Path, layout: str, card: str | None = None) -> None:
-    """Write `stored` to `folder`; each file is replaced whole, the config last."""
+    """Write `stored` to `folder`; each file is replaced whole, the config last.
+
+    Raises `ValueError` when `folder` holds other heads, which would be read instead.
+    """
+    name = HEADS if layout == "official" else WHOLE
+    if others := [other for other in NAMES[: NAMES.index(name)] if (folder / other).exists()]:
+        raise ValueError(f"{folder} holds {others[0]}, which would be read instead of {name}: give another folder")
     tensors = write_tensors(stored.heads, layout)
     config = {"official": _official, "vllm": _vllm}[layout](stored)
-    with staged_file(folder / (HEADS if layout == "official" else WHOLE)) as staging:
+    with staged_file(folder / name) as staging:
         save_file(tensors, staging, {"format": "pt"})
     if card is not None:
         write_text(folder / "README.md", card)

@@ -80,14 +80,11 @@ def write_tensors(heads: Heads, name: str) -> dict[str, Tensor]:
     """Tensors of `heads` by their names in layout `name`, on the host."""
     layout, (count, layers) = LAYOUTS[name], heads.weight.shape[:2]
     parts = list(zip(layout.blocks("weight", count, layers), heads.weight.flatten(0, 1), strict=True))
-    if heads.bias is not None:
-        parts += zip(layout.blocks("bias", count, layers), heads.bias.flatten(0, 1), strict=True)
-    elif layout.biased:
-        parts += zip(
-            layout.blocks("bias", count, layers),
-            heads.weight.new_zeros(heads.weight.shape[:3]).flatten(0, 1),
-            strict=True,
-        )
+    bias = heads.bias
+    if bias is None and layout.biased:
+        bias = heads.weight.new_zeros(heads.weight.shape[:3])
+    if bias is not None:
+        parts += zip(layout.blocks("bias", count, layers), bias.flatten(0, 1), strict=True)
     if len(heads.outputs) == 1 and layout.shared:
         parts.append((layout.shared, heads.outputs[0]))
     elif heads.outputs:
@@ -170,7 +167,7 @@ def _check(tensor: Tensor, shape: tuple[int | str, ...], what: str) -> None:
 
 
 def _stack(tensors: Mapping[str, Tensor], names: list[str], heads: int, layers: int) -> Tensor:
-    return torch.stack([tensors[name] for name in names]).unflatten(0, (heads, layers))
+    return torch.stack([tensors[name] for name in names]).view(heads, layers, *tensors[names[0]].shape)
 
 
 def _plain(name: str) -> str:
