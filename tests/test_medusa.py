@@ -81,7 +81,7 @@ def test_the_static_tree_is_that_of_the_official_code():
     assert tree.log_probs[63] == pytest.approx(sum(claims))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["few", "own", "static"])
 def test_heads_pass_the_checks_of_every_drafter(kind):
     base = tiny()
     base(prompt(), output_hidden_states=True)  # transformers leaves hooks of its own, the first time
@@ -89,7 +89,7 @@ def test_heads_pass_the_checks_of_every_drafter(kind):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3", "opt"])
-@pytest.mark.parametrize("kind", ["shared", "few", "static"])
+@pytest.mark.parametrize("kind", ["shared", "few", "one"])
 def test_greedy_tokens_are_those_of_generate(family, kind):
     base = tiny(family)
     expected = base.generate(prompt(), max_new_tokens=30, do_sample=False)
@@ -627,7 +627,7 @@ def test_heads_that_know_the_answer_are_accepted(tmp_path):
     base = tiny(dtype=torch.float32)
     expected = base.generate(prompt(), max_new_tokens=40, do_sample=False)
     reply = Reply(prompt()[0].tolist(), expected[0, 12:].tolist())
-    recipe = replace(RECIPE, steps=120, points=40, batch_size=1, heads=3, layers=1, vocabulary=None, kl=0.0)
+    recipe = replace(RECIPE, steps=80, points=40, batch_size=1, heads=3, layers=1, vocabulary=None, kl=0.0)
     heads, accuracy = train_heads(base, [reply], [reply], recipe, tmp_path)
     assert min(row[0] for row in accuracy) > 0.9
     for choices in (None, [*MC_SIM_7B_63[:10], [0, 0], [0, 0, 0]]):
