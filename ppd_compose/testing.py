@@ -88,6 +88,8 @@ def check_drafter(make: Callable[[PreTrainedModel], Any], base: PreTrainedModel 
         DrafterFault: a check failed; the message names the drafter, the check and what happened.
     """
     model: Any = base if base is not None else small_base()
+    with torch.no_grad():
+        model(_prompt(model, 2), output_hidden_states=True)  # transformers leaves hooks of its own, the first time
     for check in CHECKS:
         before, drafter = _appearance(model), make(model)
         title = f"drafter {getattr(drafter, 'name', type(drafter).__name__)!r}, check {check.__name__[1:]!r}"
