@@ -26,26 +26,26 @@ from .shared import shared_token
 class DraftModel:
     """Drafter: any smaller causal LM with the base's vocabulary (speculative decoding, arXiv 2211.17192).
 
-    A step looks ahead in `forwards` forwards of the draft model. The first reads what is new and expects the next token.
-    Each further one looks at the `width` likeliest guesses that were not looked at, at any depth, which makes the tree
-    of EAGLE-2 (arXiv 2406.16858, section 4.1) with the best nodes of all levels in the place of those of the last. With
-    `width` 1 that is the draft model's greedy chain.
+    A step looks ahead in `forwards` forwards of the draft model. The first reads what is new and expects the next
+    token. Each further one looks at the `width` likeliest guesses that were not looked at, whatever their depth: the
+    tree of EAGLE-2 (arXiv 2406.16858, section 4.1), grown at the best nodes of all levels in the place of those of the
+    last. With `width` 1 that is the draft model's greedy chain.
 
-    With `n` prompt tokens each forward also has them below every node that it looks at: they expect the `n` tokens
-    after the node's next one, each on its own, so that one forward yields `n + 1` levels (PPD applied to the draft
-    model, arXiv 2405.18628, section 5). A further forward looks at the `width * (n + 1)` likeliest guesses: what the
-    draft model then expects itself takes the place of what prompt tokens higher up expected, and reaches `n + 1`
-    levels further. A draft model that was trained with one shared prompt token (PARD, arXiv 2504.18583; its
-    configuration says which) gets that token `depth - 1` times and drafts all in one forward.
+    With `n` prompt tokens every forward has them below each node that it looks at. They expect the `n` tokens after the
+    node's next one, each on its own, so one forward yields `n + 1` levels (Parallel Prompt Decoding applied to the
+    draft model, arXiv 2405.18628). A further forward looks at the `width * (n + 1)` likeliest guesses: what the draft
+    model itself expects after a node takes the place of what prompt tokens higher up expected there, and what they
+    expect reaches `n + 1` levels further. A draft model that was trained with one shared prompt token (PARD, arXiv
+    2504.18583; its configuration names it) gets that token `depth - 1` times and drafts all in one forward.
 
-    Nodes claim what the draft model gives their path. It may live on another device than the base and in another dtype.
+    Nodes claim what the draft model gives their path. It may be on another device than the base and in another dtype.
 
     Args:
         model: the draft model, in evaluation mode. Never modified.
         depth: most tokens of a path.
         width: guesses taken of each next token; 1 drafts a chain.
         prompt_tokens: trained for the draft model itself; they take the place of a shared one.
-        forwards: of the draft model in a step; as many as reach `depth` when None.
+        forwards: of the draft model in a step. None is `depth`, half of it with prompt tokens, 1 with a shared one.
         tokenizer: the draft model's; with it `compose` sees whether the base's is the same.
 
     Raises:
@@ -69,7 +69,7 @@ class DraftModel:
         self.model, self.depth, self.width, self.prompt_tokens = model, depth, width, prompt_tokens
         self.tokenizer, self.shared = tokenizer, shared_token(model.config)
         self.n = len(prompt_tokens.embeddings) if prompt_tokens else depth - 1 if self.shared is not None else 0
-        self.forwards = forwards or -(-depth // (self.n + 1))
+        self.forwards = forwards or self._usual_forwards()
 
     @classmethod
     def from_pretrained(
@@ -136,6 +136,11 @@ class DraftModel:
                 break
             growth.learn(tokens, parents, reading.look(tokens, parents, min(self.n, depth - 2)))
         return growth.tree()
+
+    def _usual_forwards(self) -> int:
+        if self.prompt_tokens is not None:
+            return -(-self.depth // 2)  # prompt tokens guess about every second token, so a forward is worth about two
+        return self.depth if self.shared is None else 1
 
     def _room(self, step: Step) -> int:
         """Tokens that the draft model can expect after the root, as far as its positions go."""

@@ -28,7 +28,8 @@ def choose_token(given: str | None, config: PreTrainedConfig, tokenizer: PreTrai
     """The id of a token that no text holds.
 
     Args:
-        given: an id or the text of a token; None takes the last row of the vocabulary that the tokenizer does not use.
+        given: an id in digits or the text of a token; None takes the last row of the vocabulary, where the tokenizer
+            does not use it.
 
     Raises:
         ValueError: `given` is no token, or there is no unused row.
@@ -42,7 +43,7 @@ def choose_token(given: str | None, config: PreTrainedConfig, tokenizer: PreTrai
                 "such as a reserved one, by its id or its text"
             )
         return size - 1
-    found = used.get(given, int(given) if given.isdecimal() else -1)
+    found = int(given) if given.isdecimal() else used.get(given, -1)
     if not 0 <= found < size:
         raise ValueError(f"{given!r} is no token of this vocabulary of {size}: give an id or the text of a token")
     return found

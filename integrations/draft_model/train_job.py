@@ -1,0 +1,121 @@
+"""From a base, a draft model and a prompt file to a draft folder: the whole of `ppd-compose train pard`.
+
+Knows the order: draft model, own replies, training, files. The files are those that vLLM reads for parallel drafting.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppd_compose.prompts import Prompt
+from ppd_compose.storage import staged_file
+from ppd_compose.train_job import split_replies, training_facts
+
+from .card import model_card
+from .files import draft_folder, load_draft
+from .fitting import compare_vocabularies, refuse_draft
+from .shared import KEYS, choose_token, shared_token
+from .train import PardRecipe, train_parallel
+
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedDraft:
+    """What a training made: the shared prompt token's id, and by distance how often the best guess was right."""
+
+    token: int
+    accuracy: list[float]
+
+
+def train_pard(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draft: str | Path,
+    prompts: list[Prompt],
+    out: Path,
+    recipe: PardRecipe,
+    *,
+    token: str | None = None,
+    base_name: str | None = None,
+    held_out: int = 64,
+    reply_tokens: int = 160,
+    reply_batch: int = 32,
+    command: str = "",
+    data: str = "",
+) -> TrainedDraft:
+    """Train the draft model `draft` (folder or Hub id) on the own replies of `base` to `prompts`, and save it to `out`.
+
+    Trained in float32, saved in the base's dtype; the files of `draft` stay as they are. The last `held_out` prompts
+    (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts; checkpoints lie in
+    `out/checkpoints` until the model is written, so a killed call goes on where it stopped.
+
+    Args:
+        token: id or text of the token that becomes the shared prompt token; None takes the one that `draft` has, or the
+            last row of the vocabulary that no text uses.
+
+    Raises:
+        ValueError: the draft model does not fit the base, there is no free token, or the base writes the given one.
+    """
+    begin = time.monotonic()
+    folder = draft_folder(draft)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
+    model, own = load_draft(draft, None, None, torch.float32, base.device)
+    refuse_draft(model)
+    compare_vocabularies(model, base, own)
+    known = None if token is not None else shared_token(model.config)
+    chosen = choose_token(token, model.config, own or tokenizer) if known is None else known
+    replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
+    if any(chosen in reply.ids for reply in [*replies, *held]):
+        raise ValueError(f"token {chosen} is in the base's prompts or replies: the shared prompt token must be in none")
+    accuracy = train_parallel(model, chosen, replies, held, recipe, out / "checkpoints")
+    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    made = TrainedDraft(chosen, accuracy)
+    names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
+    _write(model.to(base.dtype), chosen, None if own is None else folder, tokenizer, out, _card(names, made, facts))
+    shutil.rmtree(out / "checkpoints")
+    return made
+
+
+def _card(names: tuple[str, str], made: TrainedDraft, facts: Mapping[str, Any]) -> str:
+    base, draft = (Path(name).name if Path(name).is_absolute() else name for name in names)
+    return model_card(base, draft, made.token, made.accuracy, facts)
+
+
+def _write(
+    model: PreTrainedModel,
+    token: int,
+    folder: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    card: str,
+) -> None:
+    """Write model, tokenizer (the files of `folder`, else `tokenizer`) and card; each file is replaced whole, the
+    configuration last."""
+    setattr(model.config, KEYS[0], token)
+    model.config.spd_type = "pard"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as name:
+        staging = Path(name)
+        model.save_pretrained(staging)
+        if folder is None:
+            tokenizer.save_pretrained(staging)
+        else:
+            for path in {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}:
+                shutil.copyfile(path, staging / path.name)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            with staged_file(out / path.name) as target:
+                path.replace(target)
