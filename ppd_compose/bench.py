@@ -47,6 +47,18 @@ class Answered:
         return len(self.ids) - self.prompt_length
 
 
+class WithSettings:
+    """A model whose `generate` is always called with further arguments."""
+
+    def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
+        self.model, self.settings, self.device = model, dict(settings), model.device
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the model's own."""
+        out: Tensor = self.model.generate(*args, **kwargs, **self.settings)
+        return out
+
+
 def questions_from(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, per_category: int | None
 ) -> list[Question]:
@@ -68,7 +80,10 @@ def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
 
 
 def run(
-    contenders: Mapping[str, PreTrainedModel], questions: Sequence[Question], rounds: int, max_new_tokens: int
+    contenders: Mapping[str, PreTrainedModel | WithSettings],
+    questions: Sequence[Question],
+    rounds: int,
+    max_new_tokens: int,
 ) -> Iterator[tuple[str, int, Answered]]:
     """Answer every question `rounds` times by every contender, and yield (name, question number, answer) after each.
 

@@ -5,6 +5,7 @@ Knows the result's schema. The timing is `bench`, the provenance `environment`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .bench import BASE, Answered, divergence, questions_from, run, summarise
+from .bench import BASE, Answered, WithSettings, divergence, questions_from, run, summarise
 from .budget import Budget
 from .compose import compose
 from .environment import environment
@@ -33,11 +34,16 @@ def bench(
     rows: int | None,
     command: str,
     console: Console,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run base and every listing on the prompts and return the result as plain data."""
+    """Run base and every listing on the prompts and return the result as plain data.
+
+    Each of `settings`, such as "prompt_lookup_num_tokens=10", is plain generate with that argument, one contender more.
+    """
     budget = measured_budget(loaded.model) if rows is None else Budget.flat(rows)
     composed = {name: compose(loaded.model, *drafters, budget=budget) for name, drafters in listings.items()}
     questions = questions_from(prompts, loaded.tokenizer, per_category)
+    composed |= {told: WithSettings(loaded.model, dict([_setting(told)])) for told in settings}
     contenders = {BASE: loaded.model, **composed}
     answers: dict[str, dict[int, Answered]] = {name: {} for name in contenders}
     with Progress(console=console) as progress:
@@ -60,6 +66,14 @@ def bench(
     }
     console.print(_table(result))
     return result
+
+
+def _setting(told: str) -> tuple[str, Any]:
+    name, _, value = told.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise ValueError(f"{told!r} is no setting of generate: write it as name=value, the value as JSON") from None
 
 
 def _base(answers: Sequence[Answered]) -> dict[str, Any]:

@@ -123,6 +123,9 @@ def bench(
     per_category: CountOption = None,
     max_new_tokens: LengthOption = 128,
     drafters: DraftersOption = None,
+    generate_with: Annotated[
+        list[str] | None, typer.Option(help="One more contender: generate with name=value. Repeatable.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; a question counts its median.")] = 1,
     rows: RowsOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
@@ -137,7 +140,18 @@ def bench(
     asked = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
-    result = run_bench(loaded, listings, asked, per_category, max_new_tokens, rounds, rows, command_line(), console)
+    result = run_bench(
+        loaded,
+        listings,
+        asked,
+        per_category,
+        max_new_tokens,
+        rounds,
+        rows,
+        command_line(),
+        console,
+        generate_with or [],
+    )
     text = json.dumps(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")

@@ -67,12 +67,13 @@ def test_bench_ends_with_one_line_of_json(place, tmp_path):
     told = invoke(
         "bench", *options(place), "--questions", place / "prompts.jsonl", "--per-category", 2, "--max-new-tokens", 8,
         "--drafters", place / "adapter", "--drafters", "none", "--rounds", 2, "--rows", 8, "--json", file,
+        "--generate-with", "prompt_lookup_num_tokens=3",
     )  # fmt: skip
     result = json.loads(told.stdout.splitlines()[-1])
     assert result == json.loads(file.read_text())
     assert result["schema"] == 1
     assert {"versions", "device", "dtype", "command", "commit", "date", "threads"} <= set(result["environment"])
-    assert [run["name"] for run in result["runs"]] == [str(place / "adapter"), "none"]
+    assert [run["name"] for run in result["runs"]] == [str(place / "adapter"), "none", "prompt_lookup_num_tokens=3"]
     for run in result["runs"]:
         assert run["questions"] == run["identical"] == 4
         assert run["divergences"] == []
@@ -119,8 +120,8 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
             "steps must be at least 1",
         ),
         (["generate", "a", "--base", "{}/base", "--dtype", "int3"], "dtype 'int3' is unknown"),
-        (["generate", "a", "--base", "{}/base", "--drafters", "{}/nothing"], "is no folder"),
-        (["demo", "--base", "{}/base", "--drafters", "{}/base"], "which no installed kind of drafter knows"),
+        (["generate", "a", "--base", "{}/base", "--drafters", "{}/nothing"], "no folder and no Hub id"),
+        (["demo", "--base", "{}/base", "--drafters", "{}"], "which no installed kind of drafter knows"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(place, monkeypatch, capsys, words, message):
