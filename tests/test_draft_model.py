@@ -334,6 +334,18 @@ def test_senseless_settings_are_refused(settings):
         DraftModel(tiny(), **settings)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"got 'a/folder': use DraftModel.from_pretrained"):
+        DraftModel("a/folder")
+
+
+def test_no_forward_for_guesses_that_cannot_be_verified():
+    base, draft = tiny(), tiny(seed=1)
+    rows = counted(draft)
+    assert torch.equal(answer(compose(base, DraftModel(draft), budget=1), prompt()), answer(base, prompt()))
+    assert not rows
+
+
 def sized(vocab, seed=1):
     """A draft model with a vocabulary of its own size."""
     draft = tiny(seed=seed)
@@ -422,7 +434,16 @@ def test_from_a_folder_and_by_load_drafter(folder):
         assert drafter.tokenizer.get_vocab() == tokenizer().get_vocab()
         assert torch.equal(answer(compose(base, drafter, budget=8), prompt()), answer(base, prompt()))
     assert (drafter.depth, drafter.width, drafter.model.dtype) == (3, 2, torch.float32)
+    assert load_drafter(folder).depth == 4
     assert DraftModel.from_pretrained(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_it_follows_the_base_to_its_device_unless_told_where_to_be(folder, monkeypatch):
+    for device, expected in ((None, [torch.device("cpu")]), ("cpu", [])):
+        drafter, moved = DraftModel.from_pretrained(folder, device=device), []
+        monkeypatch.setattr(drafter.model, "to", moved.append)
+        compose(tiny(), drafter)
+        assert moved == expected
 
 
 def test_in_several_files(folder):
@@ -483,7 +504,7 @@ def test_a_shared_prompt_token_drafts_all_in_one_forward(family, key):
 
 @pytest.mark.parametrize("token", [VOCAB, -1, "60", True])
 def test_a_shared_prompt_token_outside_the_vocabulary_is_refused(token):
-    with pytest.raises(ValueError, match=f"pard_token={token!r}: it must be a token below 61"):
+    with pytest.raises(ValueError, match=f"pard_token={token!r}: it must be a whole number from 0 to 60"):
         parallel(token)
 
 
@@ -639,7 +660,7 @@ def test_train_pard_writes_a_folder_that_drafts_here_and_in_vllm(place, tmp_path
     assert "stands token 60 up to 2 times" in card
     assert str(place) not in card
     drafter = load_drafter(tmp_path / "out")
-    assert (drafter.shared, drafter.forwards) == (60, 1)
+    assert (drafter.shared, drafter.depth, drafter.forwards) == (60, 3, 1)
     base = tiny()
     ids = prompt().clamp(max=50)
     assert torch.equal(answer(compose(base, drafter, budget=8), ids), answer(base, ids))

@@ -20,7 +20,7 @@ from .files import is_draft_folder, load_draft
 from .fitting import compare_vocabularies, refuse_draft
 from .growth import Growth
 from .reading import Reading
-from .shared import shared_token
+from .shared import shared_token, usual_depth
 
 
 class DraftModel:
@@ -42,13 +42,14 @@ class DraftModel:
 
     Args:
         model: the draft model, in evaluation mode. Never modified.
-        depth: most tokens of a path.
+        depth: most tokens of a path. None is what a shared prompt token was trained for here, and 4 otherwise.
         width: guesses taken of each next token; 1 drafts a chain.
         prompt_tokens: trained for the draft model itself; they take the place of a shared one.
         forwards: of the draft model in a step. None is `depth`, half of it with prompt tokens, 1 with a shared one.
         tokenizer: the draft model's; with it `compose` sees whether the base's is the same.
 
     Raises:
+        TypeError: `model` is no transformers model.
         ValueError: depth, width or forwards below 1, or a shared prompt token outside the vocabulary.
     """
 
@@ -57,18 +58,21 @@ class DraftModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        depth: int = 4,
+        depth: int | None = None,
         width: int = 1,
         prompt_tokens: PromptTokens | None = None,
         forwards: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"a draft model is a transformers model, got {model!r:.60}: use DraftModel.from_pretrained")
         for name, value in (("depth", depth), ("width", width), ("forwards", forwards)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.model, self.depth, self.width, self.prompt_tokens = model, depth, width, prompt_tokens
-        self.tokenizer, self.shared = tokenizer, shared_token(model.config)
-        self.n = len(prompt_tokens.embeddings) if prompt_tokens else depth - 1 if self.shared is not None else 0
+        self.model, self.depth, self.width = model, depth or usual_depth(model.config), width
+        self.prompt_tokens, self.tokenizer, self.shared = prompt_tokens, tokenizer, shared_token(model.config)
+        self.n = len(prompt_tokens.embeddings) if prompt_tokens else 0 if self.shared is None else self.depth - 1
+        self.follows = False  # to the device of the base
         self.forwards = forwards or self._usual_forwards()
 
     @classmethod
@@ -79,9 +83,9 @@ class DraftModel:
         revision: str | None = None,
         token: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
-        depth: int = 4,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        depth: int | None = None,
         width: int = 1,
         prompt_tokens: PromptTokens | None = None,
         forwards: int | None = None,
@@ -93,16 +97,18 @@ class DraftModel:
             revision: branch, tag or commit of a Hub repository.
             token: of the Hub; None takes the one that was stored at login.
             tokenizer: of the draft model, where its folder has none.
-            dtype: of the weights; "auto" is that of the files.
-            device: where the draft model computes.
+            dtype: of the weights; None is that of the files.
+            device: where the draft model computes; None is where the base does that it is composed with.
             depth: this and what follows are those of the class.
 
         Raises:
             FileNotFoundError: no folder or repository, or one without safetensors.
             ValueError: the files are no causal language model.
         """
-        model, found = load_draft(source, revision, token, dtype, device)
-        return cls(model, depth, width, prompt_tokens, forwards, tokenizer or found)
+        model, found = load_draft(source, revision=revision, token=token, dtype=dtype or "auto")
+        drafter = cls(model.to(device or "cpu"), depth, width, prompt_tokens, forwards, tokenizer or found)
+        drafter.follows = device is None
+        return drafter
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
@@ -116,6 +122,8 @@ class DraftModel:
         compare_vocabularies(self.model, model, self.tokenizer)
         if self.prompt_tokens is not None:
             self.prompt_tokens.prepare(self.model)
+        if self.follows:
+            self.model.to(model.device)
 
     @hookimpl
     def start(self, step: Step) -> None:
@@ -126,7 +134,7 @@ class DraftModel:
     def propose(self, step: Step) -> TokenTree | None:
         """The likeliest paths below the root."""
         reading: Reading = step.memory[self]
-        depth = min(self.depth, step.room - 1, self._room(step))
+        depth = min(self.depth, step.room - 1, step.budget.max_rows - 1, self._room(step))
         if depth < 1 or max(step.ids[reading.length :]) >= self._embedding().shape[0]:
             return None
         growth = Growth(step.ids[-1], depth, step.budget.max_rows, reading.read(step.ids, min(self.n, depth - 1)))

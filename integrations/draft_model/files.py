@@ -6,16 +6,17 @@ Knows which files such a folder has and which other kinds of folders look alike.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+VOCABULARY = "tokenizer.json"
+PATTERNS = ("model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 # Keys of heads, of adapters and of drafters that need the base's hidden states.
 FOREIGN = (
     "medusa_num_heads", "medusa_num_layers", "draft_vocab_size", "eagle_config", "speculators_model_type", "peft_type",
@@ -36,7 +37,7 @@ def is_draft_folder(config: Mapping[str, Any], files: Container[str]) -> bool:
 
 
 def load_draft(
-    source: str | Path, revision: str | None, token: str | None, dtype: str | torch.dtype, device: str | torch.device
+    source: str | Path, *, revision: str | None = None, token: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Model, in evaluation mode with sdpa attention, and tokenizer of a folder or Hub repository.
 
@@ -46,10 +47,10 @@ def load_draft(
     """
     folder = draft_folder(source, revision, token)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
     )
     model.config.name_or_path = str(source)
-    return model.to(device).eval(), read_tokenizer(folder)
+    return model.eval(), read_tokenizer(folder)
 
 
 def draft_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -67,8 +68,12 @@ def draft_folder(source: str | Path, revision: str | None = None, token: str | N
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`, None when there is none."""
-    if not any((folder / name).is_file() for name in TOKENIZER):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
+    """The tokenizer in `folder`, None when there is none that says which id is which token."""
+    file = folder / VOCABULARY
+    return _read(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@lru_cache(maxsize=4)
+def _read(file: Path, written: int) -> PreTrainedTokenizerBase:
+    """Every composition asks for the base's, which takes long to read."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(file))

@@ -1,6 +1,7 @@
 """The one prompt token that a draft model was trained with (PARD), an id of its own vocabulary.
 
-Knows under which keys configurations name it, and which ids are free to become it. Does not know how it is trained.
+Knows under which keys configurations name it and how far it reaches, and which ids are free to become it. Does not
+know how it is trained.
 """
 
 from __future__ import annotations
@@ -9,19 +10,28 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # As vLLM reads them for parallel drafting with a draft model; the first is the one that PARD's own files have.
 KEYS = ("pard_token", "ptd_token_id")
+REACH = "pard_num_tokens"  # ours: the tokens that were guessed in one forward when it was trained
+USUAL_DEPTH = 4
 
 
 def shared_token(config: PreTrainedConfig) -> int | None:
     """The id, None when the configuration names none. Raises `ValueError` when it is no token."""
-    for key in KEYS:
-        value = getattr(config, key, None)
-        if value is None:
-            continue
-        size = config.get_text_config().vocab_size
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
-            raise ValueError(f"the draft model's configuration has {key}={value!r}: it must be a token below {size}")
-        return value
-    return None
+    size = config.get_text_config().vocab_size
+    return next((_whole(config, key, 0, size - 1) for key in KEYS if getattr(config, key, None) is not None), None)
+
+
+def usual_depth(config: PreTrainedConfig) -> int:
+    """Tokens that the draft model was trained to guess in one forward, a few when its configuration does not say."""
+    return USUAL_DEPTH if getattr(config, REACH, None) is None else _whole(config, REACH, 1, 1000)
+
+
+def _whole(config: PreTrainedConfig, key: str, least: int, most: int) -> int:
+    value = getattr(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(
+            f"the draft model's configuration has {key}={value!r}: it must be a whole number from {least} to {most}"
+        )
+    return value
 
 
 def choose_token(given: str | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

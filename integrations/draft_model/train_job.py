@@ -23,7 +23,7 @@ from ppd_compose.train_job import split_replies, training_facts
 from .card import model_card
 from .files import draft_folder, load_draft
 from .fitting import compare_vocabularies, refuse_draft
-from .shared import KEYS, choose_token, shared_token
+from .shared import KEYS, REACH, choose_token, shared_token
 from .train import PardRecipe, train_parallel
 
 TOKENIZER_FILES = (
@@ -72,7 +72,7 @@ def train_pard(
     folder = draft_folder(draft)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
-    model, own = load_draft(draft, None, None, torch.float32, base.device)
+    model, own = load_draft(folder, dtype=torch.float32)
     refuse_draft(model)
     compare_vocabularies(model, base, own)
     known = None if token is not None else shared_token(model.config)
@@ -84,7 +84,10 @@ def train_pard(
     facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
     names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
-    _write(model.to(base.dtype), chosen, None if own is None else folder, tokenizer, out, _card(names, made, facts))
+    setattr(model.config, KEYS[0], chosen)
+    setattr(model.config, REACH, recipe.tokens)
+    model.config.spd_type = "pard"
+    _write(model.to(base.dtype), folder, tokenizer, out, _card(names, made, facts))
     shutil.rmtree(out / "checkpoints")
     return made
 
@@ -94,27 +97,18 @@ def _card(names: tuple[str, str], made: TrainedDraft, facts: Mapping[str, Any]) 
     return model_card(base, draft, made.token, made.accuracy, facts)
 
 
-def _write(
-    model: PreTrainedModel,
-    token: int,
-    folder: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    card: str,
-) -> None:
-    """Write model, tokenizer (the files of `folder`, else `tokenizer`) and card; each file is replaced whole, the
+def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path, card: str) -> None:
+    """Write model, tokenizer (the files in `folder`, else `tokenizer`) and card; each file is replaced whole, the
     configuration last."""
-    setattr(model.config, KEYS[0], token)
-    model.config.spd_type = "pard"
+    words = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as name:
         staging = Path(name)
         model.save_pretrained(staging)
-        if folder is None:
+        if not words:
             tokenizer.save_pretrained(staging)
-        else:
-            for path in {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}:
-                shutil.copyfile(path, staging / path.name)
+        for path in words:
+            shutil.copyfile(path, staging / path.name)
         (staging / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             with staged_file(out / path.name) as target:
