@@ -465,6 +465,10 @@ def test_what_a_draft_folder_is():
     assert not DraftModel.recognises({}, files)
     for foreign in ({"medusa_num_heads": 3}, {"draft_vocab_size": 9}, {"bias": False, "num_hidden_layers": 1}):
         assert not DraftModel.recognises({**config, **foreign}, files)
+    assert not DraftModel.recognises(config, {*files, "medusa_lm_head.safetensors"})
+    one = {**config, "num_hidden_layers": 1}
+    assert DraftModel.recognises(one, {*files, "tokenizer.json"})
+    assert not DraftModel.recognises(one, files)
 
 
 def test_pickles_and_other_folders_are_refused(folder):

@@ -6,7 +6,7 @@ Knows how many forwards of the draft model a step gets and what each is for. The
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class DraftModel:
         return drafter
 
     @staticmethod
-    def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
+    def recognises(config: Mapping[str, Any], files: Collection[str]) -> bool:
         """Whether a folder with this configuration holds a causal language model, and no heads or adapter."""
         return is_draft_folder(config, files)
 

@@ -5,7 +5,7 @@ Knows which files such a folder has and which other kinds of folders look alike.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,21 @@ PATTERNS = ("model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", 
 # Keys of heads, of adapters and of drafters that need the base's hidden states.
 FOREIGN = (
     "medusa_num_heads", "medusa_num_layers", "draft_vocab_size", "eagle_config", "speculators_model_type", "peft_type",
-    "dflash_config",
+    "dflash_config", "ppd_compose",
 )  # fmt: skip
 
 
-def is_draft_folder(config: Mapping[str, Any], files: Container[str]) -> bool:
+def is_draft_folder(config: Mapping[str, Any], files: Collection[str]) -> bool:
     """Whether `config` and the names of `files` are those of a causal language model in safetensors."""
     architectures = config.get("architectures") or []
-    eagle = "bias" in config and config.get("num_hidden_layers") == 1  # EAGLE-1 and 2 call themselves Llamas
+    # The heads of EAGLE-1 and 2 call themselves Llamas of one layer.
+    alone = not any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
+    eagle = config.get("num_hidden_layers") == 1 and ("bias" in config or alone)
     return (
         any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
         and any(name in files for name in WEIGHTS)
         and not any(key in config for key in FOREIGN)
+        and not any(name.startswith("medusa_lm_head") for name in files)
         and not eagle
     )
 
