@@ -45,7 +45,7 @@ def command(
     steps: StepsOption = 1500,
     batch_size: BatchOption = 4,
     points: PointsOption = 128,
-    learning_rate: RateOption = 1e-3,
+    learning_rate: RateOption = 3e-3,
     max_length: MaxLengthOption = 512,
     held_out: HeldOutOption = 64,
     reply_tokens: ReplyTokensOption = 160,

@@ -36,7 +36,7 @@ class MedusaRecipe(Recipe):
 
     batch_size: int = 4
     points: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     heads: int = 4
     layers: int = 1
     vocabulary: int | None = 8192
