@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class DraftModel:
             FileNotFoundError: no folder or repository, or one without safetensors.
             ValueError: the files are no causal language model.
         """
+        model: Any
         model, found = load_draft(source, revision=revision, token=token, dtype=dtype or "auto")
         drafter = cls(model.to(device or "cpu"), depth, width, prompt_tokens, forwards, tokenizer or found)
         drafter.follows = device is None
@@ -123,7 +124,7 @@ class DraftModel:
         if self.prompt_tokens is not None:
             self.prompt_tokens.prepare(self.model)
         if self.follows:
-            self.model.to(model.device)
+            cast(Any, self.model).to(model.device)
 
     @hookimpl
     def start(self, step: Step) -> None:

@@ -16,7 +16,7 @@ USUAL_DEPTH = 4
 
 def shared_token(config: PreTrainedConfig) -> int | None:
     """The id, None when the configuration names none. Raises `ValueError` when it is no token."""
-    size = config.get_text_config().vocab_size
+    size: int = config.get_text_config().vocab_size
     return next((_whole(config, key, 0, size - 1) for key in KEYS if getattr(config, key, None) is not None), None)
 
 
@@ -44,7 +44,7 @@ def choose_token(given: str | None, config: PreTrainedConfig, tokenizer: PreTrai
     Raises:
         ValueError: `given` is no token, or there is no unused row.
     """
-    size = config.get_text_config().vocab_size
+    size: int = config.get_text_config().vocab_size
     used: dict[str, int] = tokenizer.get_vocab()
     if given is None:
         if max(used.values()) >= size - 1:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def train_pard(
     setattr(model.config, KEYS[0], chosen)
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"
-    _write(model.to(base.dtype), folder, tokenizer, out, _card(names, made, facts))
+    _write(cast(Any, model).to(base.dtype), folder, tokenizer, out, _card(names, made, facts))
     shutil.rmtree(out / "checkpoints")
     return made
 
