@@ -9,18 +9,12 @@ from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.eagle import train as train_module
 from ppd_compose.integrations.eagle.command import command
 from ppd_compose.integrations.eagle.files import read_head
+from ppd_compose.integrations.eagle.initial import EagleRecipe, config_for, draft_vocabulary, initial_head
 from ppd_compose.integrations.eagle.network import DraftNetwork
-from ppd_compose.integrations.eagle.train import (
-    Course,
-    EagleRecipe,
-    draft_vocabulary,
-    evaluate,
-    initial_head,
-    train_eagle,
-    train_head,
-)  # fmt: skip
+from ppd_compose.integrations.eagle.train import Course, evaluate, train_eagle, train_head
 from test_eagle import random_head
 from tiny import FAMILIES, VOCAB, prompt, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppd_compose import Budget, Step, TokenTree, compose
 from ppd_compose.loop import dice_of
@@ -96,6 +90,20 @@ def test_the_draft_vocabulary_is_what_the_replies_say_most():
     assert draft_vocabulary(mine, 3, VOCAB).tolist() == [5, 7, 30]
     assert draft_vocabulary(mine, 5, VOCAB).tolist() == [0, 1, 5, 7, 30]
     assert draft_vocabulary(mine, VOCAB, VOCAB) is None
+
+
+def test_the_head_of_the_demonstrations_base_is_small():
+    sizes = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 1e5,
+    }  # fmt: skip
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(**sizes))
+        config = config_for(base, EagleRecipe())
+        head = DraftNetwork(config)
+    assert 2 * sum(w.numel() for w in head.parameters()) + 8 * config.draft_vocab_size + 49152 < 12_000_000
+    assert config.layers == (2, 15, 27)
+    assert config.layer["rope_theta"] == 1e5
 
 
 def test_the_base_is_frozen_meanwhile_and_as_it_was_after(tmp_path):

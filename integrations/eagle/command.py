@@ -62,7 +62,8 @@ def command(
     from ppd_compose.prompts import read_prompts
 
     from .drafter import EagleHead
-    from .train import EagleRecipe, train_eagle
+    from .initial import EagleRecipe
+    from .train import train_eagle
 
     asked = read_prompts(prompts)
     recipe = EagleRecipe(
