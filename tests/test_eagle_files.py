@@ -230,7 +230,8 @@ def test_a_surplus_tensor_is_named(tmp_path, version):
         ({LAYER_IDS: [1, "two", 3]}, "they must be layer numbers"),
         ({LAYER_IDS: [1, 2]}, r"fc.weight is \(32, 96\), config.json promises \(32, 64\)"),
         ({"draft_vocab_size": 39}, r"d2t is \(40,\), config.json promises \(39,\)"),
-        ({"ppd_compose": {"format": 2}}, "has format 2, this version reads 1: upgrade"),
+        ({"ppd_compose": {"format": 2}}, "'ppd_compose' is not of format 1, which this version reads: .'format': 2."),
+        ({"ppd_compose": "yes"}, "'ppd_compose' is not of format 1"),
         ({"ppd_compose": {"format": 1, "base": {"nme": "x"}}}, "a field of 'ppd_compose' is wrong"),
     ],
 )
@@ -332,6 +333,8 @@ def test_what_is_recognised():
     assert knows({**FLAT, "draft_vocab_size": 9}, {"config.json", "tokenizer.json"})
     assert knows(FLAT, {"config.json", "pytorch_model.bin"})
     assert not knows(FLAT, {"config.json", "model.safetensors", "tokenizer.json"})  # a model of one layer
+    assert knows({**FLAT, "ppd_compose": {"kind": "eagle"}}, {"config.json", "tokenizer.json"})
+    assert not knows({"model_type": "medusa", "num_hidden_layers": 1, "num_heads": 4}, {"config.json"})
     assert not knows({**FLAT, "num_hidden_layers": 2}, {"config.json", "model.safetensors"})
     assert not knows({"peft_type": "PPD"}, {"adapter_config.json"})
     assert not knows({}, set())

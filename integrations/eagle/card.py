@@ -48,7 +48,8 @@ still gives the base's own tokens, but fewer guesses may be right.
 def head_card(head: Head) -> str:
     """Markdown with the Hub's metadata on top."""
     base = head.identity
-    facts = "\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in head.training.items() if value)
+    told = {name: value for name, value in head.training.items() if value != ""}
+    facts = "\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in told.items())
     return TEMPLATE.format(
         base=base.name if base else "a base that its files do not name",
         version=head.config.version,

@@ -22,7 +22,7 @@ from torch import Tensor
 from ppd_compose.identity import Identity
 
 from .config import OWN, EagleConfig, parse
-from .head import CARD, CONFIG, D2T, EMBEDDING, FORMAT, LM_HEAD, T2D, TENSORS, Head
+from .head import CARD, CONFIG, D2T, EMBEDDING, FORMAT, KIND, LM_HEAD, T2D, TENSORS, Head
 from .network import DraftNetwork
 
 SOURCES = (f"{TENSORS}.index.json", TENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -45,8 +45,8 @@ def read_head(source: str | Path, *, revision: str | None = None, token: str | N
     config = parse(raw, set(tensors), str(folder / CONFIG))
     network = _network(tensors, config, path)
     own = raw.get(OWN) or {}
-    if own and own.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {own.get('format')!r}, this version reads {FORMAT}: upgrade")
+    if own and (not isinstance(own, dict) or own.get("format") != FORMAT):
+        raise ValueError(f"{folder / CONFIG}: {OWN!r} is not of format {FORMAT}, which this version reads: {own!r:.80}")
     try:
         identity = Identity(**own["base"]) if own.get("base") else None
         accuracy = tuple(float(share) for share in own.get("accuracy", ()))
@@ -61,15 +61,16 @@ def read_head(source: str | Path, *, revision: str | None = None, token: str | N
 def is_head(config: Mapping[str, Any], files: Collection[str]) -> bool:
     """Whether a folder with this configuration and these files holds an EAGLE head.
 
-    The official configurations of EAGLE-1/2 are those of a Llama of one layer: it is a head when there is no tokenizer,
-    without which no model is saved.
+    The official configurations of EAGLE-1/2 are those of a Llama of one layer: it is a head when there is neither a
+    tokenizer nor a generation config, with which models are saved.
     """
     if "speculators_model_type" in config:
         return bool(config["speculators_model_type"] == "eagle3")
-    if "draft_vocab_size" in config or (OWN in config and "rms_norm_eps" in config):
+    own = config.get(OWN)
+    if "draft_vocab_size" in config or (isinstance(own, Mapping) and own.get("kind") == KIND):
         return True
-    alone = not any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
-    return config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and alone
+    alone = not any(name.startswith(("tokenizer", "generation_config", "vocab.json")) for name in files)
+    return alone and config.get("num_hidden_layers") == 1 and "num_attention_heads" in config
 
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:

@@ -111,7 +111,7 @@ def _settled(scores: list[Tensor], best: Tensor, size: int) -> bool:
 
 def _best(known: TokenTree, tokens: Tensor, parents: Tensor, scores: Tensor, size: int) -> TokenTree:
     """`known` and the `size` likeliest of the nodes found, whose numbers go on from those of `known`."""
-    claims = scores.double().numpy(force=True)
+    claims = scores.numpy(force=True).astype(np.float64)
     # Stable, and a parent stands before its children: of equals it is taken first.
     kept = len(known) + np.sort(np.argsort(-claims, kind="stable")[:size])
     words = np.concatenate([known.tokens, tokens.numpy(force=True)])

@@ -20,7 +20,7 @@ from ppd_compose.storage import staged_file, write_text
 
 from .config import LAYER_IDS, OWN, EagleConfig
 
-FORMAT = 1
+KIND, FORMAT = "eagle", 1
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 EMBEDDING, LM_HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
 
@@ -69,6 +69,7 @@ def _plain(head: Head) -> dict[str, Any]:
         "mlp_bias": "mlp" in config.biases,
         **{name: True for name in flags if getattr(config, name)},
         OWN: {
+            "kind": KIND,
             "format": FORMAT,
             "base": None if head.identity is None else asdict(head.identity),
             "accuracy": list(head.accuracy),
