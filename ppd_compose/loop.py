@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .replies import Reply
 from .storage import staged_folder
@@ -46,6 +46,9 @@ class Recipe:
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < 1 and name not in ("seed", "warmup"):
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,13 @@ def frozen(base: Any) -> Iterator[None]:
         base.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def within_window(recipe: AnyRecipe, model: PreTrainedModel, ahead: int) -> AnyRecipe:
+    """`recipe` with sequences so short that `ahead` rows below their end still see all of them in `model`."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings")]
+    return replace(recipe, max_length=min([recipe.max_length, *(limit - ahead for limit in limits if limit)]))
 
 
 def replies_of_batch(replies: Sequence[Reply], recipe: Recipe, number: int) -> list[Reply]:

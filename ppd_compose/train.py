@@ -6,7 +6,7 @@ The run itself is `loop`, the loss `distill`, the files of an adapter `adapter`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .distill import Batch, Guessed, PromptRows
-from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
+from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
 from .replies import Reply
 
 RANKS = 10
@@ -57,7 +57,7 @@ def train_prompt_tokens(
     shape = (recipe.num_prompt_tokens, recipe.ensemble)
     if start is not None and start.shape[:2] != shape:
         raise ValueError(f"training was to start from {tuple(start.shape[:2])} embeddings, the recipe wants {shape}")
-    recipe = replace(recipe, max_length=min(recipe.max_length, _longest(base, recipe)))
+    recipe = within_window(recipe, base, recipe.num_prompt_tokens)
     mine = usable(replies, recipe, recipe.num_prompt_tokens)
 
     def step(rows: PromptRows, number: int) -> Taught:
@@ -70,13 +70,6 @@ def train_prompt_tokens(
         rows = PromptRows(first).to(base.device)
         rows = run(rows, recipe, checkpoints, step)
         return Trained(rows.embeddings.detach().cpu(), evaluate(base, rows, held_out, recipe))
-
-
-def _longest(base: PreTrainedModel, recipe: PromptRecipe) -> int:
-    """Tokens of a sequence whose prompt tokens still see all of it: within the window, where the base has one."""
-    config = base.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings")]
-    return min([limit - recipe.num_prompt_tokens for limit in limits if limit], default=recipe.max_length)
 
 
 def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:

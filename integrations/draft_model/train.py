@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppd_compose.distill import insertion_mask
-from ppd_compose.loop import Recipe, Taught, dice_of, draw_points, points_of, replies_of_batch, run, usable
+from ppd_compose.loop import (
+    Recipe,
+    Taught,
+    dice_of,
+    draw_points,
+    points_of,
+    replies_of_batch,
+    run,
+    usable,
+    within_window,
+)
 from ppd_compose.mask import attention_mask
 from ppd_compose.replies import Reply
 
@@ -132,7 +142,7 @@ def train_parallel(
     The same recipe, replies and machine give the same weights, whether or not the run was interrupted. Returns by
     distance how often the best guess was right on held-out replies. Raises `ValueError` when no reply is long enough.
     """
-    recipe = replace(recipe, max_length=min(recipe.max_length, _longest(draft, recipe)))
+    recipe = within_window(recipe, draft, recipe.tokens - 1)
     mine = usable(replies, recipe, recipe.tokens - 1)
 
     def step(module: ParallelDraft, number: int) -> Taught:
@@ -173,10 +183,3 @@ def _means(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """The mean of the `values` of each group `[groups]`, 0 for one without values."""
     member = nn.functional.one_hot(group, groups).to(values)
     return values @ member / member.sum(0).clamp(min=1)
-
-
-def _longest(draft: PreTrainedModel, recipe: PardRecipe) -> int:
-    """Tokens of a sequence whose prompt tokens still see all of it: within the window, where the draft has one."""
-    config = draft.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings")]
-    return min([limit - recipe.tokens + 1 for limit in limits if limit], default=recipe.max_length)
