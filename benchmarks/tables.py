@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("speed", "exactness")
+NAMES = ("speed", "drafters", "exactness")
 
 
 def load(name: str) -> Any:
@@ -19,11 +19,8 @@ def speed() -> str:
     """Speed-up over plain generate by category, bfloat16."""
     result = load("specbench-bfloat16")
     told = result["runs"][0]
-    where = result["environment"]
     lines = [
-        f"{where['base'].split('/')[-1]}, {where['dtype']}, {where['device']}, {where['threads']} threads, "
-        f"torch {where['versions']['torch'].split('+')[0]}, transformers {where['versions']['transformers']}; "
-        f"{told['questions']} Spec-Bench questions, greedy, eager.",
+        f"{_where(result)}; {told['questions']} Spec-Bench questions, greedy, eager.",
         "",
         "| category | generate, tokens/s | composed, tokens/s | speed-up | tokens per forward | identical |",
         "|---|---|---|---|---|---|",
@@ -38,6 +35,38 @@ def _row(name: str, base: dict[str, Any], mine: dict[str, Any]) -> str:
     return (
         f"| {name} | {base['tokens_per_second']:.1f} | {mine['tokens_per_second']:.1f} | {mine['speedup']:.2f}x | "
         f"{mine['tokens_per_forward']:.2f} | {mine['identical']}/{mine['questions']} |"
+    )
+
+
+def drafters() -> str:
+    """Every drafter, and compositions, in one run."""
+    result = load("drafters-bfloat16")
+    categories = list(result["base"]["by_category"])
+    lines = [
+        f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, eager; generate alone "
+        f"{result['base']['tokens_per_second']:.1f} tokens/s.",
+        "",
+        "| contender | tokens per forward | rows | host ms | " + " | ".join(categories) + " | **all** |",
+        "|---" * (len(categories) + 5) + "|",
+    ]
+    for told in result["runs"]:
+        speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
+        figures = ["", "", ""]
+        if told["tokens_per_forward"]:
+            figures = [
+                f"{told['tokens_per_forward']:.2f}",
+                f"{told['rows_per_forward']:.1f}",
+                f"{told['host_ms_per_step']:.1f}",
+            ]
+        lines.append(f"| {told['name']} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
+    return "\n".join(lines)
+
+
+def _where(result: dict[str, Any]) -> str:
+    where = result["environment"]
+    return (
+        f"{where['base'].split('/')[-1]}, {where['dtype']}, {where['device']}, {where['threads']} threads, "
+        f"torch {where['versions']['torch'].split('+')[0]}, transformers {where['versions']['transformers']}"
     )
 
 
@@ -71,7 +100,7 @@ def exactness() -> str:
 
 def render(name: str) -> str:
     """The table `name` as Markdown."""
-    return {"speed": speed, "exactness": exactness}[name]()
+    return {"speed": speed, "drafters": drafters, "exactness": exactness}[name]()
 
 
 def main() -> None:

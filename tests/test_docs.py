@@ -10,7 +10,7 @@ from tables import render
 from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
 
-from ppd_compose import PromptTokens, shipped
+from ppd_compose import PromptTokens, load_drafter, shipped
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,7 +44,7 @@ def test_the_file_tree_is_that_of_the_disk():
             assert path.name in listed or path.name in ("__init__.py", "__main__.py"), path
 
 
-@pytest.mark.parametrize("name", ["speed", "exactness"])
+@pytest.mark.parametrize("name", ["speed", "drafters", "exactness"])
 def test_tables_are_made_from_the_results(name):
     begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
     table = README.split(begin)[1].split(end)[0]
@@ -56,3 +56,11 @@ def test_the_shipped_adapter_is_small_and_loads():
     assert sum(path.stat().st_size for path in shipped.shipped_drafter("ppd").iterdir()) <= 30_000
     assert tokens.embeddings.numel() <= 1e-4 * 134_515_008
     assert "ppd-compose train ppd" in (shipped.shipped_drafter("ppd") / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("medusa", 6_000_000), ("eagle", 12_000_000)])
+def test_the_shipped_heads_are_small_and_load(name, limit):
+    folder = shipped.shipped_drafter(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
+    assert load_drafter(name).name == name
+    assert f"ppd-compose train {name}" in (folder / "README.md").read_text()
