@@ -24,6 +24,7 @@ from .verify import Context, verify
 
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_CONTEXTS = (128, 640)
+STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
 FORGET = 0.95  # how much of the past counts after each step, in the running tokens per second
 
 
@@ -151,7 +152,9 @@ class BestRows:
         best = np.argsort(-values, kind="stable")[: len(pace.curve)]
         earned, seconds = np.cumsum(values[best]), pace.curve[: len(best)]
         worth = earned - pace.tokens / pace.seconds * seconds if pace.seconds else earned / seconds
-        keep = np.sort(best[: int(np.argmax(worth)) + 1])
+        # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
+        sizes = np.union1d(np.arange(STRIDE, len(best) + 1, STRIDE), [1, len(best)])
+        keep = np.sort(best[: sizes[np.argmax(worth[sizes - 1])]])
         return cut(tree, appended, keep)
 
     @hookimpl
