@@ -22,8 +22,8 @@ WORTH = 0.6
 class TokenRecycling:
     """Drafter: the model's own best tokens after each token, as it gave them last, rejected candidates included.
 
-    The table `[vocab, width]` lasts from one generation to the next; `reset` empties it. Takes part in `propose`,
-    and in `extend`: what other drafters guess is continued by what followed their tokens.
+    The table `[vocab, width]` lasts from one generation to the next; `reset` empties it. Takes part in `extend`: the
+    root, and whatever other drafters guess, is continued by what followed those tokens.
 
     Args:
         width: successors kept of each token.
@@ -60,13 +60,8 @@ class TokenRecycling:
             self._see(token, following)
 
     @hookimpl
-    def propose(self, step: Step) -> TokenTree | None:
-        """The likeliest paths below the root."""
-        return self._grown(TokenTree.chain(step.ids[-1]), step.budget.max_rows)
-
-    @hookimpl
     def extend(self, step: Step, tree: TokenTree) -> TokenTree | None:
-        """The likeliest continuations of all paths of `tree`."""
+        """The likeliest continuations of the root and of all paths of `tree`."""
         return self._grown(tree, step.budget.max_rows)
 
     @hookimpl
@@ -130,15 +125,19 @@ class TokenRecycling:
 
 
 def _grafted(tree: TokenTree, names: Ints, tokens: Ints, parents: Ints, claims: Floats) -> TokenTree:
-    """`tree` with further rows `names` below it; a row that is there already stands for its twin."""
+    """`tree` with further rows `names` below it; a row that is there already stands for its twin, and claims what the
+    surer of both does."""
     columns: list[list[float]] = [tree.tokens.tolist(), tree.parents.tolist(), tree.log_probs.tolist()]
     known = {key: row for row, key in enumerate(zip(columns[1], columns[0], strict=True))}
     at = dict(enumerate(range(len(tree))))
     rows = zip(names.tolist(), tokens.tolist(), parents.tolist(), claims.tolist(), strict=True)
     for name, token, parent, claim in rows:
         above = at[parent]
+        claim = min(claim, columns[2][above])
         at[name] = row = known.setdefault((above, token), len(columns[0]))
         if row == len(columns[0]):
-            for column, value in zip(columns, (token, above, min(claim, columns[2][above])), strict=True):
+            for column, value in zip(columns, (token, above, claim), strict=True):
                 column.append(value)
+        else:
+            columns[2][row] = max(columns[2][row], claim)
     return TokenTree.of(*columns)

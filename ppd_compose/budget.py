@@ -139,8 +139,9 @@ class BestRows:
 
     A candidate earns the chance that its path is accepted, an appended row its gain. The cut maximises
     (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the long run when steps
-    differ; before any step is known, (expected tokens) / (seconds). That is PPD's dynamic sparse tree
-    (section 4) without its offline tables, for any mix of drafters.
+    differ; before any step is known, (expected tokens) / (seconds). Of all cuts those of one row, of a multiple of
+    four, and of all rows are tried. That is PPD's dynamic sparse tree (section 4) without its offline tables, for any
+    mix of drafters.
     """
 
     @hookimpl(trylast=True)

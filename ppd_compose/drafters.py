@@ -33,9 +33,9 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
         ValueError: no installed kind knows the files, or the one that does refuses them.
     """
     kinds = installed()
-    if folder := shipped_drafter(str(source)):
-        return kinds[str(source)].from_pretrained(folder)
-    kind = kinds.get(str(source))
+    kind, shipped = kinds.get(str(source)), shipped_drafter(str(source))
+    if kind is not None and shipped is not None:
+        return kind.from_pretrained(shipped)
     if kind is not None and not hasattr(kind, "from_pretrained"):
         return kind()
     config, files = _contents(source, revision, token, sorted(kinds))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import Oracle, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, compose
+from ppd_compose import Budget, compose, hookimpl
 
 
 def steep(cost: float) -> Budget:
@@ -59,3 +59,18 @@ def test_a_damaged_file_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"budget\.json is no budget"):
         Budget.load(path)
+
+
+def test_forwards_come_in_few_sizes():
+    class Counts:
+        @hookimpl
+        def observe(self, step):
+            sizes.append(step.rows)
+
+    sizes = []
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=Budget((1, 64), (0,), ((1.0, 4.0),)), plugins=[Counts()])
+    model.generate(prompt(), max_new_tokens=40, do_sample=False)
+    rows = sizes[:-8]  # near the end there is no room for deeper rows
+    assert len(set(rows)) > 2
+    assert all(count == 1 or count % 4 == 0 for count in rows)
