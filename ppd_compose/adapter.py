@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .identity import Identity
+from .sources import folder_of, read_object
 from .storage import staged_file, write_text
 
 FORMAT = 1
@@ -66,9 +66,7 @@ def read_adapter(source: str | Path, *, revision: str | None = None, token: str 
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
         ValueError: a file is damaged, of another kind, or disagrees with the other.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source), revision, token)
+    folder = folder_of(source, [CONFIG, TENSORS, CARD], f"{CONFIG} and {TENSORS}", revision, token)
     n, v, accuracy, identity = _fields(folder / CONFIG, _read_config(folder / CONFIG))
     rows = _read_rows(folder)
     if rows.shape != (n * v, identity.hidden_size):
@@ -79,22 +77,12 @@ def read_adapter(source: str | Path, *, revision: str | None = None, token: str 
     return Adapter(rows.view(n, v, -1), accuracy, identity)
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
-    if repo.count("/") > 1 or repo.startswith((".", "/")):
-        raise FileNotFoundError(f"{repo} is no folder: give a folder with {CONFIG} and {TENSORS}, or a Hub id")
-    return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, TENSORS, CARD]))
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: an adapter folder holds {CONFIG} and {TENSORS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or save the adapter again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "PPD":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} is no PPD adapter: peft_type is {kind!r}")
+    config = read_object(path)
+    if config.get("peft_type") != "PPD":
+        raise ValueError(f"{path} is no PPD adapter: peft_type is {config.get('peft_type')!r}")
     if config.get("format_version") != FORMAT:
         raise ValueError(f"{path} has format {config.get('format_version')!r}, this version reads {FORMAT}: upgrade")
     return config

@@ -1,6 +1,6 @@
 """The model card of an adapter: what it is for, how it was made, how good it is, how it is loaded.
 
-Knows the card's text. Does not write files.
+Knows the card's text, and the parts that cards of all drafters have. Does not write files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .prompt import PromptTokens
+from .tree import Floats
 
 TEMPLATE = """---
 base_model: {base}
@@ -59,20 +60,25 @@ def model_card(prompt: PromptTokens, facts: Mapping[str, Any]) -> str:
         n=n,
         v=v,
         parameters=prompt.embeddings.numel(),
-        table=_table(prompt),
-        facts="\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in facts.items() if value != ""),
+        table=accuracy_table("distance", prompt.accuracy),
+        facts=facts_list(facts),
         fingerprint=prompt.identity.fingerprint,
     )
 
 
-def _table(prompt: PromptTokens) -> str:
-    """Accuracy by distance, cumulated over ranks."""
-    within = prompt.accuracy.cumsum(axis=1)
+def accuracy_table(first: str, accuracy: Floats) -> str:
+    """Rows of `accuracy` `[rows, rank]`, how often the guess of that rank was right, cumulated over the ranks."""
+    within = accuracy.cumsum(axis=1)
     ranks = [k for k in (1, 2, 3, 5, 10) if k <= within.shape[1]]
-    lines = ["| distance | " + " | ".join(f"top {k}" for k in ranks) + " |", "|---" * (len(ranks) + 1) + "|"]
-    for distance, row in enumerate(within, 1):
-        lines.append(f"| {distance} | " + " | ".join(f"{row[k - 1]:.3f}" for k in ranks) + " |")
+    lines = [f"| {first} | " + " | ".join(f"top {k}" for k in ranks) + " |", "|---" * (len(ranks) + 1) + "|"]
+    for number, row in enumerate(within, 1):
+        lines.append(f"| {number} | " + " | ".join(f"{row[k - 1]:.3f}" for k in ranks) + " |")
     return "\n".join(lines)
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """What is known of a training, an entry a line; empty texts are left out."""
+    return "\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in facts.items() if value != "")
 
 
 def _plain(value: Any) -> str:

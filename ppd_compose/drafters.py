@@ -6,7 +6,6 @@ know any kind.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from .plugins import installed
 from .shipped import shipped_drafter
+from .sources import read_object
 
 CONFIGS = ("adapter_config.json", "config.json")
 
@@ -64,7 +64,7 @@ def _contents(
         files = {path.name for path in folder.iterdir()}
     for name in CONFIGS:
         if name in files:
-            return _read(folder / name), files
+            return read_object(folder / name), files
     return {}, files
 
 
@@ -78,13 +78,3 @@ def _repository(repo: str, revision: str | None, token: str | None) -> tuple[Pat
     except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return folder, {path.name for path in folder.iterdir()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or save it again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, a drafter's configuration is an object")
-    return config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class Identity:
         if Path(name).is_dir():
             name = Path(name).name  # a folder of one machine tells nobody else anything
         return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
+
+    def warn_of_other_weights(self, base: Identity, what: str) -> None:
+        """Warn when `base` is not the one that `what` learnt from, though of the same shapes."""
+        if base.fingerprint != self.fingerprint:
+            warnings.warn(
+                f"{base} is not {self}, which {what} learnt from: it has the same shapes but other weights (a "
+                "quantised copy, a fine-tune). The tokens stay the same, but fewer guesses may be right",
+                stacklevel=3,
+            )
 
     def __str__(self) -> str:
         return f"{self.name or 'unnamed base'} (hidden {self.hidden_size}, vocabulary {self.vocab_size})"

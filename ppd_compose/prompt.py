@@ -6,7 +6,6 @@ Knows prompt tokens, their ensembles and what they are worth. Does not know how 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,12 +92,7 @@ class PromptTokens:
             return
         if base.vocab_size != self.identity.vocab_size:
             raise ValueError(f"these prompt tokens were trained for {self.identity}; they cannot be used on {base}")
-        if base.fingerprint != self.identity.fingerprint:
-            warnings.warn(
-                f"these prompt tokens were trained for {self.identity}; {base} has the same shapes but other weights "
-                "(a quantised copy, a fine-tune): the tokens stay the same, but fewer guesses may be right",
-                stacklevel=2,
-            )
+        self.identity.warn_of_other_weights(base, "these prompt tokens")
 
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:

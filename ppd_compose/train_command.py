@@ -10,50 +10,32 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import options
 from .loading import load_base
-from .options import (
-    BaseOption,
-    BatchOption,
-    CheckpointOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    HeldOutOption,
-    MaxLengthOption,
-    OutOption,
-    PointsOption,
-    PromptsOption,
-    RateOption,
-    ReplyBatchOption,
-    ReplyTokensOption,
-    SeedOption,
-    StepsOption,
-    command_line,
-)  # fmt: skip
 
 
 def command(
-    prompts: PromptsOption,
-    out: OutOption,
-    base: BaseOption = "demo",
-    dtype: DtypeOption = "bfloat16",
+    prompts: options.PromptsOption,
+    out: options.OutOption,
+    base: options.BaseOption = "demo",
+    dtype: options.DtypeOption = "bfloat16",
     num_prompt_tokens: Annotated[int, typer.Option(help="n: how many tokens ahead are guessed.")] = 3,
     ensemble: Annotated[int, typer.Option(help="v: embeddings of each prompt token.")] = 1,
-    steps: StepsOption = 1500,
-    batch_size: BatchOption = 1,
-    points: PointsOption = 96,
-    learning_rate: RateOption = 1e-2,
-    max_length: MaxLengthOption = 512,
-    held_out: HeldOutOption = 64,
-    reply_tokens: ReplyTokensOption = 160,
-    reply_batch: ReplyBatchOption = 32,
-    seed: SeedOption = 0,
-    checkpoint_every: CheckpointOption = 100,
-    data: DataOption = "",
+    steps: options.StepsOption = 1500,
+    batch_size: options.BatchOption = 1,
+    points: options.PointsOption = 96,
+    learning_rate: options.RateOption = 1e-2,
+    max_length: options.MaxLengthOption = 512,
+    held_out: options.HeldOutOption = 64,
+    reply_tokens: options.ReplyTokensOption = 160,
+    reply_batch: options.ReplyBatchOption = 32,
+    seed: options.SeedOption = 0,
+    checkpoint_every: options.CheckpointOption = 100,
+    data: options.DataOption = "",
     start_from: Annotated[
         str | None, typer.Option(help="Adapter to train further; near the mean when left out.")
     ] = None,
-    device: DeviceOption = "cpu",
+    device: options.DeviceOption = "cpu",
 ) -> None:
     """Train prompt tokens (Parallel Prompt Decoding) and write them as an adapter. Interrupted, it resumes."""
     from .drafters import load_drafter
@@ -69,7 +51,7 @@ def command(
     loaded = load_base(base, dtype, device)
     prompt = train_ppd(
         loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
-        reply_tokens=reply_tokens, reply_batch=reply_batch, command=command_line(), data=data,
+        reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data,
         start=None if start_from is None else load_drafter(start_from),
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_eagle import LAYER, random_head
 from tiny import VOCAB, prompt, tiny
 
-from ppd_compose import compose, load_drafter
+from ppd_compose import compose, load_drafter, sources
 from ppd_compose.identity import Identity
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -342,15 +342,13 @@ def test_what_is_recognised():
 
 def test_the_hub_is_asked_for_safetensors_first(tmp_path, monkeypatch):
     """Pickles come only where there is nothing else."""
-    from ppd_compose.integrations.eagle import files
-
     asked = []
 
     def snapshot_download(repo, **settings):
         asked.append((repo, settings["revision"], settings["token"], settings["allow_patterns"]))
         return str(tmp_path)
 
-    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(sources, "snapshot_download", snapshot_download)
     saved(tmp_path)
     read_head("someone/head", revision="v1", token="t")
     assert [ask[:3] for ask in asked] == [("someone/head", "v1", "t")]

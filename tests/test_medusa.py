@@ -23,7 +23,7 @@ from test_train import replies
 from tiny import VOCAB, prompt, prompt_tokens, tiny
 from typer.testing import CliRunner
 
-from ppd_compose import compose, load_drafter
+from ppd_compose import compose, load_drafter, sources
 from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
@@ -426,9 +426,10 @@ def test_folders_without_heads(tmp_path):
         with pytest.raises(ValueError, match=r"config.json"):
             MedusaHeads.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    for text in ("{", "{}", "[]", '{"weight_map": 3}'):
+    outside = '{"weight_map": {"blocks.0.layers.0.weight": "../model.safetensors"}}'
+    for text in ("{", "{}", "[]", '{"weight_map": 3}', outside):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(ValueError, match="is no index of shards"):
+        with pytest.raises(ValueError, match=r"is not JSON|holds list|no weight_map from tensors to files beside it"):
             MedusaHeads.from_pretrained(tmp_path)
 
 
@@ -452,7 +453,7 @@ def test_of_a_repository_only_what_holds_heads_is_fetched(tmp_path, monkeypatch,
                 shutil.copy(source / name, here / name)
         return str(here)
 
-    monkeypatch.setattr(files, "snapshot_download", fetch)
+    monkeypatch.setattr(sources, "snapshot_download", fetch)
     same(MedusaHeads.from_pretrained("someone/heads", revision="v1", token="t"), heads)
     assert set(asked) == {("someone/heads", "v1", "t")}
     assert not (here / "model-00001-of-00002.safetensors").exists()

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from ppd_compose.card import accuracy_table, facts_list
+
 TEMPLATE = """---
 base_model: {draft}
 library_name: transformers
@@ -58,17 +62,6 @@ def model_card(base: str, draft: str, token: int, accuracy: Sequence[float], fac
         token=token,
         tokens=facts["tokens"],
         prompts=facts["tokens"] - 1,
-        table=_table(accuracy),
-        facts="\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in facts.items() if value != ""),
+        table=accuracy_table("tokens ahead", np.array(accuracy)[:, None]),
+        facts=facts_list(facts),
     )
-
-
-def _table(accuracy: Sequence[float]) -> str:
-    lines = ["| tokens ahead | top 1 |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {ahead} | {share:.3f} |" for ahead, share in enumerate(accuracy, 1))])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return f"`{value}`" if isinstance(value, str) and " --" in value else str(value)

@@ -10,36 +10,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ppd_compose import options
 from ppd_compose.loading import load_base
-from ppd_compose.options import (
-    BaseOption,
-    BatchOption,
-    CheckpointOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    HeldOutOption,
-    MaxLengthOption,
-    OutOption,
-    PointsOption,
-    PromptsOption,
-    ReplyBatchOption,
-    ReplyTokensOption,
-    SeedOption,
-    StepsOption,
-    command_line,
-)
 
 # Peaks of the learning rate: PARD's for a whole model, and that of prompt tokens for a single embedding.
 WHOLE, ALONE = 2e-5, 1e-2
 
 
 def command(
-    prompts: PromptsOption,
-    out: OutOption,
+    prompts: options.PromptsOption,
+    out: options.OutOption,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of the draft model to start from.")],
-    base: BaseOption = "demo",
-    dtype: DtypeOption = "bfloat16",
+    base: options.BaseOption = "demo",
+    dtype: options.DtypeOption = "bfloat16",
     token: Annotated[
         str | None, typer.Option(help="Id or text of a token that no text holds; an unused one when left out.")
     ] = None,
@@ -48,20 +31,20 @@ def command(
     retained: Annotated[
         float, typer.Option(help="Of the points with one more token ahead, how many have a further one.")
     ] = 0.7,
-    steps: StepsOption = 1500,
-    batch_size: BatchOption = 1,
-    points: PointsOption = 96,
+    steps: options.StepsOption = 1500,
+    batch_size: options.BatchOption = 1,
+    points: options.PointsOption = 96,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"Peak of the cosine schedule; {WHOLE}, or {ALONE} with --only-token.")
     ] = None,
-    max_length: MaxLengthOption = 512,
-    held_out: HeldOutOption = 64,
-    reply_tokens: ReplyTokensOption = 160,
-    reply_batch: ReplyBatchOption = 32,
-    seed: SeedOption = 0,
-    checkpoint_every: CheckpointOption = 100,
-    data: DataOption = "",
-    device: DeviceOption = "cpu",
+    max_length: options.MaxLengthOption = 512,
+    held_out: options.HeldOutOption = 64,
+    reply_tokens: options.ReplyTokensOption = 160,
+    reply_batch: options.ReplyBatchOption = 32,
+    seed: options.SeedOption = 0,
+    checkpoint_every: options.CheckpointOption = 100,
+    data: options.DataOption = "",
+    device: options.DeviceOption = "cpu",
 ) -> None:
     """Train a draft model to guess several tokens in one forward (PARD). Interrupted, it resumes."""
     from ppd_compose.prompts import read_prompts
@@ -78,7 +61,8 @@ def command(
     loaded = load_base(base, dtype, device)
     made = train_pard(
         loaded.model, loaded.tokenizer, draft, asked, out, recipe, token=token, base_name=loaded.name,
-        held_out=held_out, reply_tokens=reply_tokens, reply_batch=reply_batch, command=command_line(), data=data,
+        held_out=held_out, reply_tokens=reply_tokens, reply_batch=reply_batch,
+        command=options.command_line(), data=data,
     )  # fmt: skip
     first = "/".join(f"{share:.2f}" for share in made.accuracy)
     Console(stderr=True).print(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ppd_compose.sources import folder_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 VOCABULARY = "tokenizer.json"
@@ -58,11 +59,7 @@ def load_draft(
 
 def draft_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The folder itself or the downloaded one. Raises `FileNotFoundError` when it holds no model in safetensors."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if str(source).count("/") != 1 or str(source).startswith("."):
-            raise FileNotFoundError(f"{source} is no folder: give a folder with a model in safetensors, or a Hub id")
-        folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=list(PATTERNS)))
+    folder = folder_of(source, PATTERNS, "a model in safetensors", revision, token)
     if not any((folder / name).is_file() for name in WEIGHTS):
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle and is not opened: save it as safetensors" if pickles else ""

@@ -5,8 +5,9 @@ Knows the card's text. Does not write files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import numpy as np
+
+from ppd_compose.card import accuracy_table, facts_list
 
 from .head import Head
 
@@ -48,15 +49,13 @@ still gives the base's own tokens, but fewer guesses may be right.
 def head_card(head: Head) -> str:
     """Markdown with the Hub's metadata on top."""
     base = head.identity
-    told = {name: value for name, value in head.training.items() if value != ""}
-    facts = "\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in told.items())
     return TEMPLATE.format(
         base=base.name if base else "a base that its files do not name",
         version=head.config.version,
         parameters=sum(tensor.numel() for tensor in head.network.values()),
         vocabulary=_vocabulary(head),
         accuracy=_accuracy(head),
-        facts=facts or "Not known.",
+        facts=facts_list(head.training) or "Not known.",
         belongs=BELONGS.format(fingerprint=base.fingerprint) if base else "",
     )
 
@@ -73,15 +72,9 @@ def _accuracy(head: Head) -> str:
     """How often the first guess was right, by depth."""
     if not head.accuracy:
         return ""
-    rows = "\n".join(f"| {depth} | {share:.3f} |" for depth, share in enumerate(head.accuracy, 1))
     return (
         "\n## Accuracy on held-out replies of the base\n\n"
         "How often the first guess was right when all before it were.\n\n"
-        f"| depth | top 1 |\n|---|---|\n{rows}\n"
+        + accuracy_table("depth", np.array(head.accuracy)[:, None])
+        + "\n"
     )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return f"`{value}`" if isinstance(value, str) and " --" in value else str(value)

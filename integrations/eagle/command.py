@@ -10,53 +10,35 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ppd_compose import options
 from ppd_compose.loading import load_base
-from ppd_compose.options import (
-    BaseOption,
-    BatchOption,
-    CheckpointOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    HeldOutOption,
-    MaxLengthOption,
-    OutOption,
-    PointsOption,
-    PromptsOption,
-    RateOption,
-    ReplyBatchOption,
-    ReplyTokensOption,
-    SeedOption,
-    StepsOption,
-    command_line,
-)  # fmt: skip
 
 
 def command(
-    prompts: PromptsOption,
-    out: OutOption,
-    base: BaseOption = "demo",
-    dtype: DtypeOption = "bfloat16",
+    prompts: options.PromptsOption,
+    out: options.OutOption,
+    base: options.BaseOption = "demo",
+    dtype: options.DtypeOption = "bfloat16",
     unrolled: Annotated[int, typer.Option(help="Draft steps in a row that are trained (training-time test).")] = 4,
     vocabulary: Annotated[
         int, typer.Option(help="Tokens that can be drafted: the most frequent of the replies.")
     ] = 8192,
     variant: Annotated[str, typer.Option(help='"3" for EAGLE-3, "3.1" with its further norms.')] = "3",
     decay: Annotated[float, typer.Option(help="Weight of the loss of each draft step against the one before.")] = 0.8,
-    steps: StepsOption = 4000,
+    steps: options.StepsOption = 4000,
     warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 100,
-    batch_size: BatchOption = 1,
-    points: PointsOption = 128,
-    learning_rate: RateOption = 1e-3,
-    max_length: MaxLengthOption = 512,
-    held_out: HeldOutOption = 64,
-    reply_tokens: ReplyTokensOption = 160,
-    reply_batch: ReplyBatchOption = 32,
-    seed: SeedOption = 0,
-    checkpoint_every: CheckpointOption = 200,
-    data: DataOption = "",
+    batch_size: options.BatchOption = 1,
+    points: options.PointsOption = 128,
+    learning_rate: options.RateOption = 1e-3,
+    max_length: options.MaxLengthOption = 512,
+    held_out: options.HeldOutOption = 64,
+    reply_tokens: options.ReplyTokensOption = 160,
+    reply_batch: options.ReplyBatchOption = 32,
+    seed: options.SeedOption = 0,
+    checkpoint_every: options.CheckpointOption = 200,
+    data: options.DataOption = "",
     start_from: Annotated[str | None, typer.Option(help="EAGLE-3 head to train further.")] = None,
-    device: DeviceOption = "cpu",
+    device: options.DeviceOption = "cpu",
 ) -> None:
     """Train an EAGLE-3 head and write it in the official layout. Interrupted, it resumes."""
     from ppd_compose.prompts import read_prompts
@@ -74,7 +56,7 @@ def command(
     loaded = load_base(base, dtype, device)
     drafter = train_eagle(
         loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
-        reply_tokens=reply_tokens, reply_batch=reply_batch, command=command_line(), data=data, start=start,
+        reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data, start=start,
     )  # fmt: skip
     shares = "/".join(f"{share:.2f}" for share in drafter.head.accuracy)
     Console(stderr=True).print(f"head in {out}; top-1 by depth {shares} on held-out replies")

@@ -6,7 +6,6 @@ the files look like or how a head is trained.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +105,8 @@ class EagleHead:
             )
         if self.head.lm_head is None:
             OutputHead.of(model)
-        if self.head.identity is not None and base.fingerprint != self.head.identity.fingerprint:
-            warnings.warn(
-                f"this EAGLE head was trained for {self.head.identity}; {base} has the same shapes but other weights "
-                "(a quantised copy, a fine-tune): the tokens stay the same, but fewer guesses may be right",
-                stacklevel=2,
-            )
+        if self.head.identity is not None:
+            self.head.identity.warn_of_other_weights(base, "this EAGLE head")
 
     @hookimpl
     def hidden_layers(self, model: PreTrainedModel) -> Sequence[int]:

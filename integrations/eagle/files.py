@@ -6,20 +6,19 @@ are read as tensors only. Does not know what the tensors compute, nor how a head
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ppd_compose.identity import Identity
+from ppd_compose.sources import folder_of, read_object, read_shards
 
 from .config import OWN, EagleConfig, parse
 from .head import CARD, CONFIG, D2T, EMBEDDING, FORMAT, KIND, LM_HEAD, T2D, TENSORS, Head
@@ -37,10 +36,10 @@ def read_head(source: str | Path, *, revision: str | None = None, token: str | N
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
         ValueError: a file is damaged or no EAGLE head, or asks for what a head here cannot do.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source), revision, token)
-    raw = _read_json(folder / CONFIG)
+    folder = _folder(source, revision, token)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} is missing: an EAGLE head is a folder with {CONFIG} and {TENSORS}")
+    raw = read_object(folder / CONFIG)
     tensors, path = _tensors(folder)
     config = parse(raw, set(tensors), str(folder / CONFIG))
     network = _network(tensors, config, path)
@@ -73,27 +72,14 @@ def is_head(config: Mapping[str, Any], files: Collection[str]) -> bool:
     return alone and config.get("num_hidden_layers") == 1 and "num_attention_heads" in config
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
-    if repo.count("/") != 1 or repo.startswith("."):
-        raise FileNotFoundError(f"{repo} is no folder: give a folder with {CONFIG} and {TENSORS}, or a Hub id")
-    patterns = [CONFIG, CARD, "*.safetensors", "*.safetensors.index.json"]
-    folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
-    if not any(folder.glob("*.safetensors")):
+def _folder(source: str | Path, revision: str | None, token: str | None) -> Path:
+    """The folder, or the one fetched; pickles are fetched only from a repository without safetensors."""
+    patterns, holding = [CONFIG, CARD, "*.safetensors", "*.safetensors.index.json"], f"{CONFIG} and {TENSORS}"
+    folder = folder_of(source, patterns, holding, revision, token)
+    if not Path(source).is_dir() and not any(folder.glob("*.safetensors")):
         pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-        snapshot_download(repo, revision=revision, token=token, allow_patterns=[*patterns, *pickles])
+        folder = folder_of(source, [*patterns, *pickles], holding, revision, token)
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: an EAGLE head is a folder with {CONFIG} and {TENSORS}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or save the head again") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, a head's configuration is an object")
-    return raw
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -115,9 +101,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of all files that an index names; one that is not where the index says is a `ValueError`."""
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files beside it: fetch or save the head again")
+    places = read_shards(index)
     for name in sorted(set(places.values())):
         shard = _read(index.parent / name)
         if lost := [tensor for tensor, place in places.items() if place == name and tensor not in shard]:

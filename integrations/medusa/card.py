@@ -5,8 +5,7 @@ Knows the card's text. Does not write files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from ppd_compose.card import accuracy_table, facts_list
 
 from .drafter import MedusaHeads
 
@@ -60,23 +59,7 @@ def model_card(made: MedusaHeads) -> str:
         layers=heads.weight.shape[1],
         parameters=heads.weight.numel() + bias,
         entries="all of it" if heads.token_map is None else f"of it the rows of {heads.entries:,} frequent tokens",
-        table=_table(made.accuracy.cumsum(axis=1).tolist()),
-        facts="\n".join(
-            f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in made.training.items() if value != ""
-        ),
+        table=accuracy_table("head", made.accuracy),
+        facts=facts_list(made.training),
         fingerprint=made.identity.fingerprint,
     )
-
-
-def _table(within: list[list[float]]) -> str:
-    ranks = [rank for rank in (1, 2, 3, 5, 10) if rank <= len(within[0])]
-    lines = ["| head | " + " | ".join(f"top {rank}" for rank in ranks) + " |", "|---" * (len(ranks) + 1) + "|"]
-    for head, row in enumerate(within, 1):
-        lines.append(f"| {head} | " + " | ".join(f"{row[rank - 1]:.3f}" for rank in ranks) + " |")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return f"`{value}`" if isinstance(value, str) and " --" in value else str(value)

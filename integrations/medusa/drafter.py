@@ -5,7 +5,6 @@ Knows the hooks and what to refuse. The heads themselves are `heads`, their file
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -159,12 +158,8 @@ class MedusaHeads:
         entries = heads.entries or base.vocab_size
         if self.choices is not None and self.choices.width > entries:
             raise ValueError(f"choices name rank {self.choices.width - 1}, the heads choose from {entries} tokens")
-        if self.identity is not None and base.fingerprint != self.identity.fingerprint:
-            warnings.warn(
-                f"these Medusa heads were trained for {self.identity}; {base} has the same shapes but other weights "
-                "(a quantised copy, a fine-tune): the tokens stay the same, but fewer guesses may be right",
-                stacklevel=2,
-            )
+        if self.identity is not None:
+            self.identity.warn_of_other_weights(base, "these Medusa heads")
 
     @hookimpl
     def hidden_layers(self, model: PreTrainedModel) -> list[int]:

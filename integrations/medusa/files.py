@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ppd_compose.sources import folder_of, read_object, read_shards
 from ppd_compose.storage import staged_file, write_text
 
 from .heads import Heads
@@ -48,9 +48,7 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
         FileNotFoundError: no file with heads, a shard that is missing, or `source` is no folder and no repository.
         ValueError: a file is damaged or holds other tensors than its layout and config promise.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch(str(source), revision, token)
+    folder = _folder(source, revision, token)
     config, path = read_config(folder), _heads_file(folder)
     layout, heads = read_tensors(_load(path), str(path), one_output=bool(config.get("original_lm_head")))
     _check_config(config, heads, layout, folder / CONFIG)
@@ -97,15 +95,7 @@ def recognises(config: Mapping[str, Any], files: Iterable[str]) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config, {} without one: heads alone need none."""
     path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or save the heads again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be an object, got {type(config).__name__}: fetch or save the heads again")
-    return config
+    return read_object(path) if path.is_file() else {}
 
 
 def _official(stored: Stored) -> dict[str, Any]:
@@ -161,7 +151,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that belong to heads, or of the shards that an index names."""
     if not path.name.endswith(INDEX):
         return _load_file(path)
-    places = _index(path)
+    places = read_shards(path)
     found: dict[str, Tensor] = {}
     for shard in sorted({places[name] for name in wanted(places)}):
         if not (path.parent / shard).is_file():
@@ -170,13 +160,6 @@ def _load(path: Path) -> dict[str, Tensor]:
     if missing := sorted(set(wanted(places)) - found.keys()):
         raise ValueError(f"{path} promises {missing[0]}, {places[missing[0]]} lacks it: fetch the folder again")
     return found
-
-
-def _index(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of shards ({error!r}): fetch the folder again") from None
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:
@@ -192,17 +175,14 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     return {name: held[name] for name in wanted(held)}
 
 
-def _fetch(repo: str, revision: str | None, token: str | None) -> Path:
-    """The folder with the first of `NAMES` that the repository has, of a sharded one with the shards that matter."""
-    if repo.count("/") > 1 or repo.startswith((".", "/")):
-        raise FileNotFoundError(f"{repo} is no folder: give a folder with {HEADS} or {WHOLE}, or a Hub id")
+def _folder(source: str | Path, revision: str | None, token: str | None) -> Path:
+    """The folder, or the one fetched with the first of `NAMES` there is; of a sharded one, the shards that matter."""
+    holding = f"{HEADS} or {WHOLE}"
     for name in NAMES:
-        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=[CONFIG, name]))
-        if not (folder / name).is_file():
-            continue
-        if name.endswith(INDEX):
-            places = _index(folder / name)
-            shards = sorted({places[key] for key in wanted(places)})
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=shards)
-        break
+        folder = folder_of(source, [CONFIG, name], holding, revision, token)
+        if (folder / name).is_file():
+            break
+    if name.endswith(INDEX) and folder != Path(source):
+        places = read_shards(folder / name)
+        folder_of(source, sorted({places[key] for key in wanted(places)}), holding, revision, token)
     return folder

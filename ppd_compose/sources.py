@@ -1,0 +1,50 @@
+"""Where a drafter's files are: a folder, or a Hub repository of which the needed files are fetched; and their JSON.
+
+Knows folders, the Hub and JSON. Does not know what any file means, and neither executes nor unpickles one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+
+def folder_of(
+    source: str | Path, patterns: Sequence[str], holding: str, revision: str | None = None, token: str | None = None
+) -> Path:
+    """`source` itself when it is a folder, else the folder that its files of these `patterns` were fetched to.
+
+    Raises `FileNotFoundError`, which says what a folder must be `holding`, when `source` cannot be a Hub id either.
+    """
+    folder, name = Path(source), str(source)
+    if folder.is_dir():
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{name} is no folder: give a folder with {holding}, or a Hub id")
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises `ValueError` when it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or save it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, an object was expected: fetch or save it again")
+    return value
+
+
+def read_shards(index: Path) -> dict[str, str]:
+    """By the name of a tensor the file beside `index` that holds it.
+
+    Raises `ValueError` when `index` maps nothing, or to other places than beside it.
+    """
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files beside it: fetch or save it again")
+    return places
