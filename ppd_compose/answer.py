@@ -5,26 +5,26 @@ Knows streamers. Does not know options.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .compose import compose
-from .loading import LoadedBase
 from .prompts import encode
 from .stats import Stats
 
 
 def answer(
-    loaded: LoadedBase, drafters: Sequence[Any], prompt: str, max_new_tokens: int, rows: int | None, seed: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
     sampling: dict[str, Any],
-) -> Stats:  # fmt: skip
-    """Answer `prompt` as one user turn and return the statistics."""
-    model = compose(loaded.model, *drafters, budget=rows)
-    ids = torch.tensor([encode(loaded.tokenizer, prompt)], device=model.device)
-    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+) -> Stats:
+    """Let the composed `model` answer `prompt` as one user turn, and return the statistics."""
+    ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling

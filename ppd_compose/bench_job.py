@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -14,14 +15,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .bench import BASE, Answered, WithSettings, divergence, questions_from, run, summarise
-from .budget import Budget
 from .compose import compose
 from .environment import environment
 from .loading import LoadedBase
-from .measured import measured_budget
 from .prompts import Prompt
 
 SCHEMA = 1
+WAYS: dict[str, dict[str, Any]] = {"eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}}
 
 
 def bench(
@@ -32,16 +32,24 @@ def bench(
     max_new_tokens: int,
     rounds: int,
     rows: int | None,
+    ways: Sequence[str],
     command: str,
     console: Console,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run base and every listing on the prompts and return the result as plain data.
 
-    Each of `settings`, such as "prompt_lookup_num_tokens=10", is plain generate with that argument, one contender more.
+    Each listing is composed in each of the `ways`, keys of `WAYS`. Each of `settings`, such as
+    "prompt_lookup_num_tokens=10", is plain generate with that argument, one contender more.
     """
-    budget = measured_budget(loaded.model) if rows is None else Budget.flat(rows)
-    composed = {name: compose(loaded.model, *drafters, budget=budget) for name, drafters in listings.items()}
+    composed = {
+        name if way == "eager" else f"{name} {way}": compose(loaded.model, *drafters, budget=rows, **WAYS[way])
+        for way in ways
+        for name, drafters in listings.items()
+    }
+    for model in composed.values():
+        model.warmup()
+    budgets = {name: asdict(model.budget) for name, model in composed.items()}
     questions = questions_from(prompts, loaded.tokenizer, per_category)
     composed |= {told: WithSettings(loaded.model, dict([_setting(told)])) for told in settings}
     contenders = {BASE: loaded.model, **composed}
@@ -60,7 +68,7 @@ def bench(
             "base": loaded.name,
             "base_origin": loaded.origin,
         },
-        "budget": {"rows": budget.rows, "contexts": budget.contexts, "seconds": budget.seconds},
+        "budgets": budgets,
         "base": _base(by_name[BASE]),
         "runs": runs,
     }

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .forward import forward_of
 from .hookspecs import hookimpl
 from .step import Step
 from .storage import write_text
@@ -105,6 +106,7 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, past_key_values=cache, use_cache=True)
+    forward_of(model).fit(cache)
     return cache
 
 
@@ -115,7 +117,7 @@ def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> fl
     context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
     _wait(model)
     begin = time.perf_counter()
-    verify(model, cache, context, tree, (), {})
+    verify(forward_of(model), cache, context, tree, (), {})
     _wait(model)
     return time.perf_counter() - begin
 

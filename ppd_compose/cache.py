@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -60,6 +61,18 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
         if layer.is_sliding:
             layer.cumulative_length -= dropped
             layer.crop(0)
+
+
+def leave_a_gap(cache: Cache) -> None:
+    """Let keys and values be views of a tensor with room for one token more, as after a commit that drops a row."""
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        layer.keys, layer.values = _with_room(layer.keys), _with_room(layer.values)
+
+
+def _with_room(states: Tensor) -> Tensor:
+    length = states.shape[-2]
+    return pad(states, (0, 0, 0, 1)).narrow(-2, 0, length)
 
 
 def _kept(states: Tensor, moved: Sequence[tuple[int, int]], dropped: int) -> Tensor:

@@ -16,7 +16,16 @@ from rich.table import Table
 
 from .drafters import load_drafter
 from .loading import load_base
-from .options import BaseOption, DeviceOption, DtypeOption, LengthOption, RowsOption, command_line
+from .options import (
+    BaseOption,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    PackedOption,
+    RowsOption,
+    command_line,
+)
 from .plugins import TRAINING, installed
 from .shipped import QUESTIONS
 from .storage import write_text
@@ -73,13 +82,16 @@ def demo(
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_new_tokens: LengthOption = 160,
     dtype: DtypeOption = "bfloat16",
+    packed: PackedOption = False,
+    compile: CompileOption = False,
 ) -> None:
     """Stream an answer with guessed tokens coloured, then compare with plain generate."""
     from .demo import demo as show
 
     loaded = load_base(base, dtype)
     console.print(f"[dim]base: {loaded.origin}[/]", highlight=False)
-    show(loaded, drafters_of(drafters), question, max_new_tokens, Console(highlight=False))
+    out, way = Console(highlight=False), {"packed": packed, "compile": compile}
+    show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
 
 
 @app.command()
@@ -93,13 +105,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     rows: RowsOption = None,
     dtype: DtypeOption = "bfloat16",
+    packed: PackedOption = False,
+    compile: CompileOption = False,
 ) -> None:
     """Write the answer to standard output as it is decoded, and what it took to standard error."""
     from .answer import answer
+    from .compose import compose
 
     loaded = load_base(base, dtype)
     sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    stats = answer(loaded, drafters_of(drafters), prompt, max_new_tokens, rows, seed, sampling)
+    model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=compile)
+    stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
     console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
 
 
@@ -132,6 +148,9 @@ def bench(
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "cpu",
+    eager: Annotated[bool, typer.Option("--eager", help="Compose as is, also beside the next two.")] = False,
+    packed: PackedOption = False,
+    compile: CompileOption = False,
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
     from .bench_job import bench as run_bench
@@ -140,18 +159,11 @@ def bench(
     asked = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
+    ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
     result = run_bench(
-        loaded,
-        listings,
-        asked,
-        per_category,
-        max_new_tokens,
-        rounds,
-        rows,
-        command_line(),
-        console,
+        loaded, listings, asked, per_category, max_new_tokens, rounds, rows, ways or ["eager"], command_line(), console,
         generate_with or [],
-    )
+    )  # fmt: skip
     text = json.dumps(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")

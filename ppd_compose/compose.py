@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .accept import MatchPicks
 from .budget import BestRows, Budget
 from .drafters import load_drafter
+from .forward import chosen
 from .generation import Composed
 from .hookspecs import hookimpl
 from .mask import refuse_attention
@@ -29,6 +30,8 @@ def compose(
     *drafters: Any,
     budget: Budget | int | None = None,
     plugins: Sequence[Any] = (),
+    packed: bool = False,
+    compile: bool = False,
 ) -> Any:
     """Return a model that generates the tokens of `base`, several in one forward.
 
@@ -39,19 +42,25 @@ def compose(
         budget: how many rows one forward may verify: measured on this machine when None (seconds, once, at the
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
         plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
+        packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same numbers
+            sooner, for as much memory again as those weights.
+        compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
+            minutes, or a good part of one when compiled before on this machine; see `warmup`.
 
     Returns:
         An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
 
     Raises:
         TypeError: `base` is no transformers model, or an object implements no or an unknown hook.
-        ValueError: the base cannot verify a candidate tree, or a drafter was made for another base.
+        ValueError: the base cannot verify a candidate tree, a drafter was made for another base, or weights cannot be
+            packed where the base is.
     """
     refuse_base(base)
     refuse_attention(base)
     loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], plugins)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
+    model.forwards = chosen(model, base, packed, compile)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
     model.budget = Budget.flat(budget) if isinstance(budget, int) else budget
     return model

@@ -20,6 +20,7 @@ from .accept import Picker
 from .budget import Budget
 from .cache import commit, recording
 from .check import check_appended, check_tree
+from .forward import forward_of
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
@@ -51,6 +52,7 @@ class Decoding:
 
     def __init__(self, model: Any, plugins: Plugins, stats: Stats, request: Request) -> None:
         self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
+        self.forward = forward_of(model)
         self.hook = plugins.hook
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         self.proposers = plugins.each_drafter("propose")
@@ -70,6 +72,7 @@ class Decoding:
             verified = self.prefill()
         # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
         with recording(self.request.cache):
+            self.forward.fit(self.request.cache)
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
             while not self.done:
@@ -107,7 +110,7 @@ class Decoding:
         tree, appended = self.fit(self.draft())
         with self.stats.stage("verify"):
             verified = verify(
-                self.model, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
+                self.forward, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
             )
         self.take(tree, appended, verified)
 
@@ -182,10 +185,11 @@ class Decoding:
 
     def commit(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified, path: list[int]) -> None:
         """Keep the path's rows in the cache, and hand the plugins what the forward told."""
-        step, rows = self.step, len(tree) + sum(map(len, appended.values()))
-        commit(self.request.cache, rows, path)
+        step = self.step
+        commit(self.request.cache, verified.rows, path)
         self.context = self.context.grown(len(path))
-        step.index, step.tree, step.path, step.rows = step.index + 1, tree, path, rows
+        step.index, step.tree, step.path = step.index + 1, tree, path
+        step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
         step.answers = {
             drafter: _below(path[-1], block, logits)

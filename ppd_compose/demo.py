@@ -6,7 +6,7 @@ Knows how to show. Bases and prompt tokens come from elsewhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,15 +53,20 @@ def colour(sources: int) -> str:
 
 
 def demo(
-    loaded: LoadedBase, drafters: Sequence[Any], question: str, max_new_tokens: int, console: Console
+    loaded: LoadedBase,
+    drafters: Sequence[Any],
+    question: str,
+    max_new_tokens: int,
+    console: Console,
+    way: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Answer `question` twice and print what composing gave; returns the same as data."""
+    """Answer `question` twice and print what composing in this `way` gave; returns the same as data."""
     ids = torch.tensor([encode(loaded.tokenizer, question)], device=loaded.model.device)
     painter = Painter(loaded.tokenizer, console, ids.shape[1])
-    model = compose(loaded.model, *drafters, plugins=[painter])
+    model = compose(loaded.model, *drafters, plugins=[painter], **way)
     console.print(f"[bold]{question}[/]\n")
-    # Measures the machine, the first time, and warms it up for both.
-    _timed(compose(loaded.model, *drafters), ids, 8)
+    compose(loaded.model, *drafters, **way).warmup()
+    _timed(loaded.model, ids, 8)
     fast, fast_seconds = _timed(model, ids, max_new_tokens)
     console.print("\n\n[dim]the same with plain generate ...[/]")
     plain, plain_seconds = _timed(loaded.model, ids, max_new_tokens)

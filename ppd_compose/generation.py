@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .accept import Picker
 from .budget import Budget
 from .decode import Decoding, Request
+from .forward import Forward
 from .measured import measured_budget
 from .plugins import Plugins
 from .refuse import refuse_arguments, refuse_request
@@ -26,6 +27,8 @@ from .stats import Stats
 class Composed:
     """What `compose` adds to the base's class."""
 
+    device: torch.device
+    forwards: Forward
     plugins: Plugins
     budget: Budget | None
     stats: Stats
@@ -66,6 +69,11 @@ class Composed:
         finally:
             if streamer is not None:
                 streamer.end()
+
+    def warmup(self) -> None:
+        """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait."""
+        ids = torch.zeros(1, 19, dtype=torch.long, device=self.device)
+        self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None

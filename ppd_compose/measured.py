@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .budget import Budget
+from .forward import forward_of
 from .identity import Identity, device_name
 from .storage import cache_folder
 
@@ -40,6 +41,7 @@ def _path(model: PreTrainedModel) -> Path:
         str(model.dtype),
         model.config._attn_implementation,
         threads,
+        forward_of(model).kind,
     ]
     key = hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()[:16]
     return cache_folder() / "budgets" / f"{key}.json"

@@ -19,6 +19,12 @@ LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in token
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
+PackedOption = Annotated[
+    bool, typer.Option("--packed", help="Keep weights a second time, laid out for the CPU: the same numbers sooner.")
+]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the verify forward, which takes a minute or two at first.")
+]
 
 PromptsOption = Annotated[Path, typer.Option(help='JSON lines with "prompt" or "turns".')]
 OutOption = Annotated[Path, typer.Option(help="Folder to write.")]

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
+from .forward import Forward
 from .mask import layered_mask
 from .tree import Appended, TokenTree, ancestors, stacked_parents
 
@@ -39,10 +41,11 @@ class Verified:
     logits: Tensor  # [nodes, vocab], in the model's dtype
     appended: list[Tensor]  # of each block [rows, vocab]
     hidden_states: dict[int, Tensor]  # by layer [rows of the forward, hidden], those asked for
+    rows: int = 1  # of the forward: all of them are in the cache after it
 
 
 def verify(
-    model: PreTrainedModel,
+    forward: Forward,
     cache: Cache,
     context: Context,
     tree: TokenTree,
@@ -52,20 +55,21 @@ def verify(
 ) -> Verified:
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
-    `kwargs` go to the forward; `layers` are the hidden states that come back.
+    `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
+    at the end and are seen by none.
     """
-    out = model(
-        **_rows(model, tree, appended),
-        **_who_sees_whom(model, cache, context, tree, appended),
+    sizes = [len(tree), *map(len, appended)]
+    out = forward.model(
+        **_rows(forward, tree, appended),
+        **_who_sees_whom(forward, cache, context, tree, appended),
         past_key_values=cache,
         use_cache=True,
         return_dict=True,
         **states_wanted(layers),
         **kwargs,
     )
-    sizes = [len(tree), *map(len, appended)]
-    logits, *answers = out.logits[0].split(sizes)
-    return Verified(logits, list(answers), states_of(out, layers))
+    logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
+    return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + forward.idle)
 
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
@@ -78,20 +82,23 @@ def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     return {layer: out.hidden_states[layer][0] for layer in layers}
 
 
-def _rows(model: PreTrainedModel, tree: TokenTree, appended: Sequence[Appended]) -> dict[str, Tensor]:
-    ids = torch.from_numpy(tree.tokens)[None].to(model.device)
-    if not appended:
+def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended]) -> dict[str, Tensor]:
+    ids = torch.from_numpy(tree.tokens)[None].to(forward.model.device)
+    if not appended and not forward.compiled:
         return {"input_ids": ids}
-    embed = model.get_input_embeddings()(ids)
+    embed = forward.model.get_input_embeddings()(ids)  # for a compiled forward always: one graph serves all
     own = [rows.embeddings[torch.from_numpy(rows.kinds).to(embed.device)].to(embed) for rows in appended]
-    return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own)], dim=1)}
+    idle = embed.new_zeros(1, forward.idle, embed.shape[2])
+    return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own), idle], dim=1)}
 
 
 def _who_sees_whom(
-    model: PreTrainedModel, cache: Cache, context: Context, tree: TokenTree, appended: Sequence[Appended]
+    forward: Forward, cache: Cache, context: Context, tree: TokenTree, appended: Sequence[Appended]
 ) -> dict[str, Any]:
     """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
-    see = torch.from_numpy(ancestors(stacked_parents(tree, appended)))
+    model = forward.model
+    parents = np.concatenate([stacked_parents(tree, appended), np.full(forward.idle, -1)])
+    see = torch.from_numpy(ancestors(parents))
     visible = context.visible
     positions = int(visible.sum()) + see.sum(1) - 1
     places = {"position_ids": positions[None].to(model.device)}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ppd_compose import PromptTokens, cli, demo_base
 from ppd_compose.identity import Identity
+from ppd_compose.packed import can_pack
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,17 @@ def test_bench_ends_with_one_line_of_json(place, tmp_path):
         assert set(run["by_category"]) == {"mt_bench", "qa"}
         assert run["speedup"] == pytest.approx(run["tokens_per_second"] / result["base"]["tokens_per_second"])
     assert result["runs"][1]["rows_per_forward"] == 1
+
+
+@pytest.mark.skipif(not can_pack(tiny(dtype=torch.float32)), reason="torch has no oneDNN here")
+def test_bench_composes_in_every_way_that_is_asked_for(place):
+    told = invoke(
+        "bench", *options(place), "--questions", place / "prompts.jsonl", "--per-category", 1, "--max-new-tokens", 4,
+        "--drafters", "none", "--drafters", "lookup", "--rows", 4, "--eager", "--packed",
+    )  # fmt: skip
+    result = json.loads(told.stdout.splitlines()[-1])
+    assert [run["name"] for run in result["runs"]] == ["none", "lookup", "none packed", "lookup packed"]
+    assert all(run["identical"] == run["questions"] for run in result["runs"])
 
 
 def test_bench_takes_its_own_questions_in_six_categories():

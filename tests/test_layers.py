@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 # Each module may import only those before it.
 ORDER = [
-    "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "verify", "budget", "accept", "cache",
-    "plugins", "shipped", "sources", "drafters", "stats", "measured", "decode", "refuse", "generation", "compose",
-    "testing", "adapter", "top", "prompt", "prompts", "replies", "loop", "states", "distill", "train", "card",
-    "train_job", "environment", "demo_base", "loading", "options", "bench", "bench_job", "answer", "demo",
-    "train_command", "cli", "__main__",
+    "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
+    "budget", "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "decode",
+    "refuse", "generation", "compose", "testing", "adapter", "top", "prompt", "prompts", "replies", "loop",
+    "states", "distill", "train", "card", "train_job", "environment", "demo_base", "loading", "options",
+    "bench", "bench_job", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""How verify forwards are computed: as the base does it, with packed weights, or compiled.
+
+Knows the ways and what each asks of a forward. Does not know trees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from .cache import leave_a_gap
+from .packed import PackedLinear, can_pack, pack
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model that is called for verify forwards, and what it wants of them."""
+
+    model: Any
+    compiled: bool = False
+
+    @property
+    def idle(self) -> int:
+        """Rows that stand at the end of every forward and mean nothing.
+
+        A compiled graph for any number of rows does not take a single one, nor keys and values that fill their memory
+        without a gap; one row that is dropped after every forward sees to both.
+        """
+        return int(self.compiled)
+
+    def fit(self, cache: Cache) -> None:
+        """Lay `cache` out as it is after a step, where the forward asks for that."""
+        if self.compiled:
+            leave_a_gap(cache)
+
+    @property
+    def kind(self) -> str:
+        """ "eager", "packed" or "compiled": forwards of one kind cost the same."""
+        if self.compiled:
+            return "compiled"
+        return "packed" if any(isinstance(module, PackedLinear) for module in self.model.modules()) else "eager"
+
+
+def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Forward:
+    """The way that was asked for, made ready for `model`, composed of `base`; its submodules may be replaced.
+
+    Raises `ValueError` when weights cannot be packed here.
+    """
+    if packed or (compile and can_pack(model)):
+        pack(model)
+    if not compile:
+        return Forward(model)
+    twin: Any = object.__new__(type(base))  # of the base's class, so that all compositions of it share what is compiled
+    twin.__dict__.update(vars(model))
+    # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake.
+    twin.forward = torch.compile(twin.forward, dynamic=True, options={"emulate_precision_casts": True})
+    return Forward(twin, compiled=True)
+
+
+def forward_of(model: Any) -> Forward:
+    """The way that `model` was composed with; a model that was not composed computes as it does."""
+    return vars(model).get("forwards") or Forward(model)

@@ -1,0 +1,81 @@
+"""Linear layers whose weights are packed once for the CPU's matrix kernels, in a structure beside the base's.
+
+A product with a few rows otherwise spends much of its time on rearranging the weight, at every forward anew. Knows
+linear layers and oneDNN. Does not know decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+ROWS = 16  # the number of rows that weights are laid out for; others are computed from the same layout
+DTYPES = (torch.float32, torch.bfloat16)
+
+# What is remembered of a weight lives as long as the weight: its packed form, and what it was packed from.
+_packs = WeakTensorKeyDictionary()
+
+_library = torch.library.Library("ppd_compose", "DEF")
+_library.define("linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+
+
+class PackedLinear(nn.Linear):
+    """The same linear map by the same parameters. While gradients are wanted, or off the CPU, it computes as ever."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input @ weight.T + bias`, `[..., in]` to `[..., out]`."""
+        if torch.is_grad_enabled() or input.device.type != "cpu":
+            return super().forward(input)
+        out: Tensor = torch.ops.ppd_compose.linear(input, self.weight, self.bias)
+        return out
+
+
+def pack(model: Any) -> None:
+    """Give `model`, which shares its submodules with a base, submodules of its own over the same parameters, in which
+    all plain linear layers are packed. That takes as much memory again as those weights, from the first forward on.
+
+    Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in float32 or bfloat16.
+    """
+    if not can_pack(model):
+        raise ValueError(
+            f"weights are packed for a CPU with oneDNN in float32 or bfloat16, the base is on {model.device} in "
+            f"{model.dtype}: leave packed=False"
+        )
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model.__dict__["_modules"] = copy.deepcopy(model._modules, {**shared, id(model.config): model.config})
+    for module in model.modules():
+        if type(module) is nn.Linear:  # a subclass computes something of its own
+            module.__class__ = PackedLinear
+
+
+def can_pack(model: Any) -> bool:
+    """Whether there are kernels for the packed weights of `model`, where it is."""
+    here = model.device.type == "cpu" and model.dtype in DTYPES and torch.backends.mkldnn.is_available()
+    return here and (model.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The packed form of `weight`, made anew when it has changed since."""
+    state = (weight._version, weight.data_ptr())
+    known: tuple[Any, Tensor] | None = _packs.get(weight)
+    if known is None or known[0] != state:
+        known = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        _packs[weight] = known
+    return known[1]
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _packed(weight), bias, "none", [], "")
+    return out
+
+
+def _shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+_library.impl("linear", _linear, "CPU")
+torch.library.register_fake("ppd_compose::linear", _shape, lib=_library)

@@ -1,0 +1,116 @@
+"""Packed and compiled forwards: the base's tokens, its parameters, and what cannot be had."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import FAMILIES, prompt, prompt_tokens, tiny
+from torch import nn
+
+from ppd_compose import Budget, compose
+from ppd_compose.packed import PackedLinear, can_pack
+
+PACKABLE = can_pack(tiny(dtype=torch.float32))
+needs_packing = pytest.mark.skipif(not PACKABLE, reason="torch has no oneDNN here")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def answer(model, ids=None, tokens=24, **settings):
+    ids = prompt() if ids is None else ids
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **{"do_sample": False, **settings}
+    )
+
+
+@needs_packing
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_give_the_tokens_of_the_base(family):
+    base = tiny(family, dtype=torch.float32, attention="eager")
+    model = compose(base, prompt_tokens(), budget=12, packed=True)
+    assert torch.equal(answer(model), answer(base))
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_those_of_the_base(dtype):
+    base = tiny(dtype=dtype)
+    model = compose(base, packed=True)
+    assert type(model.lm_head) is PackedLinear
+    assert not any(isinstance(module, PackedLinear) for module in base.modules())
+    mine, theirs = dict(model.named_parameters()), dict(base.named_parameters())
+    assert all(mine[name] is parameter for name, parameter in theirs.items())
+    with torch.no_grad():
+        here, there = model(input_ids=prompt()).logits, base(input_ids=prompt()).logits
+    torch.testing.assert_close(here, there)
+
+
+@needs_packing
+def test_a_weight_that_changes_is_packed_anew():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    answer(model)
+    before = answer(base)
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.down_proj.weight.mul_(-1.5)
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    base.lm_head.weight.data = base.lm_head.weight.data.flip(0)
+    assert torch.equal(answer(model), answer(base))
+
+
+@needs_packing
+def test_packed_models_can_be_trained():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, packed=True)
+    model(input_ids=prompt(), labels=prompt()).loss.backward()
+    assert all(parameter.grad is not None for parameter in base.model.layers.parameters())
+
+
+@needs_packing
+def test_layers_of_other_kinds_are_left_alone():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    base = tiny(dtype=torch.float32)
+    base.lm_head.__class__ = Doubled
+    assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, packed=True)), answer(base))
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match=r"in torch.float64: leave packed=False"):
+        compose(tiny(), packed=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_compiled_forward_gives_the_tokens_of_the_base(dtype):
+    """With rows of prompt tokens and without, of two compositions, after a warm-up and for another length."""
+    base = tiny(dtype=dtype)
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    model.warmup()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for ids in (prompt(), prompt(33, seed=2)):
+            assert torch.equal(answer(model, ids), answer(base, ids))
+        assert torch.equal(answer(compose(base, budget=1, compile=True)), answer(base))
+    assert "forward" not in vars(base)
+
+
+@needs_compiler
+def test_a_compiled_forward_pads_a_lonely_row():
+    base = tiny(dtype=torch.float64)
+    model = compose(base, budget=1, compile=True)
+    out = answer(model, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, answer(base))
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert model.stats.rows_per_forward == 1
+
+
+def test_budgets_of_other_ways_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    monkeypatch.setattr(Budget, "measure", classmethod(lambda cls, model: Budget.flat(4)))
+    base = tiny(dtype=torch.float32)
+    for settings in ({}, {"packed": True}, {}):
+        compose(base, prompt_tokens(), **settings).warmup()
+    assert len(list((tmp_path / "budgets").iterdir())) == (2 if PACKABLE else 1)
