@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("speed", "drafters", "exactness")
+NAMES = ("speed", "compiled", "drafters", "exactness")
 
 
 def load(name: str) -> Any:
@@ -16,34 +16,34 @@ def load(name: str) -> Any:
 
 
 def speed() -> str:
-    """Speed-up over plain generate by category, bfloat16."""
+    """Speed-up over plain generate by category, bfloat16, of prompt tokens and of the faster forwards alone."""
     result = load("specbench-bfloat16")
-    told = result["runs"][0]
+    runs, base = {told["name"]: told for told in result["runs"]}, result["base"]
+    heads = [name.replace("none", "no drafter,") for name in runs]
     lines = [
-        f"{_where(result)}; {told['questions']} Spec-Bench questions, greedy, eager.",
+        f"{_where(result)}; {base['questions']} Spec-Bench questions, greedy, against eager generate.",
         "",
-        "| category | generate, tokens/s | composed, tokens/s | speed-up | tokens per forward | identical |",
-        "|---|---|---|---|---|---|",
+        "| category | generate, tokens/s | " + " | ".join(heads) + " |",
+        "|---" * (len(runs) + 2) + "|",
     ]
-    for category, mine in told["by_category"].items():
-        lines.append(_row(category, result["base"]["by_category"][category], mine))
-    lines.append(_row("**all**", result["base"], told))
+    for category, theirs in base["by_category"].items():
+        mine = [f"{told['by_category'][category]['speedup']:.2f}x" for told in runs.values()]
+        lines.append(f"| {category} | {theirs['tokens_per_second']:.1f} | {' | '.join(mine)} |")
+    everything = [f"**{told['speedup']:.2f}x**" for told in runs.values()]
+    lines.append(f"| **all** | {base['tokens_per_second']:.1f} | {' | '.join(everything)} |")
+    for title, key in (("tokens per forward", "tokens_per_forward"), ("rows per forward", "rows_per_forward")):
+        lines.append(f"| {title} | | {' | '.join(f'{told[key]:.2f}' for told in runs.values())} |")
+    same = [f"{told['identical']}/{told['questions']}" for told in runs.values()]
+    lines.append(f"| identical answers | | {' | '.join(same)} |")
     return "\n".join(lines)
 
 
-def _row(name: str, base: dict[str, Any], mine: dict[str, Any]) -> str:
-    return (
-        f"| {name} | {base['tokens_per_second']:.1f} | {mine['tokens_per_second']:.1f} | {mine['speedup']:.2f}x | "
-        f"{mine['tokens_per_forward']:.2f} | {mine['identical']}/{mine['questions']} |"
-    )
-
-
-def drafters() -> str:
-    """Every drafter, and compositions, in one run."""
-    result = load("drafters-bfloat16")
+def contenders(name: str, forwards: str) -> str:
+    """Drafters and compositions in one run, with these `forwards`."""
+    result = load(name)
     categories = list(result["base"]["by_category"])
     lines = [
-        f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, eager; generate alone "
+        f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, {forwards}; generate alone "
         f"{result['base']['tokens_per_second']:.1f} tokens/s.",
         "",
         "| contender | tokens per forward | rows | host ms | " + " | ".join(categories) + " | **all** |",
@@ -62,6 +62,16 @@ def drafters() -> str:
     return "\n".join(lines)
 
 
+def drafters() -> str:
+    """Every drafter, and compositions, with forwards as the base does them."""
+    return contenders("drafters-bfloat16", "eager")
+
+
+def compiled() -> str:
+    """The drafters that pay, alone and composed, with compiled forwards."""
+    return contenders("drafters-compiled", "compiled against eager generate")
+
+
 def _where(result: dict[str, Any]) -> str:
     where = result["environment"]
     return (
@@ -78,15 +88,17 @@ def exactness() -> str:
     gaps = [d["gap"] for d in told["divergences"]]
     ties = f"; the others part at logits {max(gaps):.1e} apart or less" if gaps else ""
     stages = {kind: host[kind]["milliseconds"]["host"] for kind in ("narrow", "smollm2")}
-    half = load("specbench-bfloat16")["runs"][0]
-    worst = max((d["gap"] for d in half["divergences"]), default=0.0)
+    half = {run["name"]: run for run in load("specbench-bfloat16")["runs"]}
+    worst = max(d["gap"] for run in half.values() for d in run["divergences"])
+    asked, same = half["ppd packed"]["questions"], {name: run["identical"] for name, run in half.items()}
     return "\n".join(
         [
             "| what | measured |",
             "|---|---|",
             f"| greedy, float32, Spec-Bench | {told['identical']} of {told['questions']} answers identical{ties} |",
-            f"| greedy, bfloat16, Spec-Bench | {half['identical']} of {half['questions']} identical; the others part "
-            f"where the two best logits are {worst:.3f} apart or less |",
+            f"| greedy, bfloat16, Spec-Bench | {same['ppd packed']} of {asked} identical with packed weights, "
+            f"{same['ppd compiled']} compiled ({same['none compiled']} without any drafter); the others part where the "
+            f"two best logits are {worst:.3f} apart or less |",
             f"| sampling, {sampling['draws']:,} draws | total variation {sampling['total_variation']:.4f} to the exact "
             f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
             f"| host work at 64 rows | {stages['narrow']:.2f} ms a step of Python, numpy and dispatch (30 layers, tiny "
@@ -100,7 +112,8 @@ def exactness() -> str:
 
 def render(name: str) -> str:
     """The table `name` as Markdown."""
-    return {"speed": speed, "drafters": drafters, "exactness": exactness}[name]()
+    made = {"speed": speed, "compiled": compiled, "drafters": drafters, "exactness": exactness}
+    return made[name]()
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from .options import (
     RowsOption,
     command_line,
 )
+from .packed import can_pack
 from .plugins import TRAINING, installed
 from .shipped import QUESTIONS
 from .storage import write_text
@@ -82,7 +83,7 @@ def demo(
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_new_tokens: LengthOption = 160,
     dtype: DtypeOption = "bfloat16",
-    packed: PackedOption = False,
+    packed: Annotated[bool, typer.Option(help="Pack weights for the CPU, where it has the kernels.")] = True,
     compile: CompileOption = False,
 ) -> None:
     """Stream an answer with guessed tokens coloured, then compare with plain generate."""
@@ -90,7 +91,7 @@ def demo(
 
     loaded = load_base(base, dtype)
     console.print(f"[dim]base: {loaded.origin}[/]", highlight=False)
-    out, way = Console(highlight=False), {"packed": packed, "compile": compile}
+    out, way = Console(highlight=False), {"packed": packed and can_pack(loaded.model), "compile": compile}
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tables import render
+from tables import NAMES, render
 from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
 
@@ -47,7 +47,7 @@ def test_the_file_tree_is_that_of_the_disk():
             assert path.name in listed or path.name in ("__init__.py", "__main__.py"), path
 
 
-@pytest.mark.parametrize("name", ["speed", "drafters", "exactness"])
+@pytest.mark.parametrize("name", NAMES)
 def test_tables_are_made_from_the_results(name):
     begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
     table = README.split(begin)[1].split(end)[0]

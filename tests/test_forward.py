@@ -4,6 +4,9 @@ import shutil
 
 import pytest
 import torch
+from ppd_compose.integrations.medusa import MedusaHeads
+from test_eagle import eagle
+from test_medusa import random_heads
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 from torch import nn
 
@@ -105,6 +108,18 @@ def test_a_compiled_forward_pads_a_lonely_row():
     assert torch.equal(out.sequences, answer(base))
     assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
     assert model.stats.rows_per_forward == 1
+
+
+@needs_compiler
+def test_compiled_forwards_serve_heads_that_read_hidden_states():
+    base = tiny(dtype=torch.float32)
+    heads = [MedusaHeads(random_heads()), eagle()]
+    model = compose(base, *heads, prompt_tokens(), budget=12, compile=True)
+    model.warmup()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(answer(model), answer(base))
+    assert sum(model.stats.candidates["medusa"].values()) > 0
+    assert sum(model.stats.candidates["eagle"].values()) > 0
 
 
 def test_budgets_of_other_ways_are_kept_apart(tmp_path, monkeypatch):
