@@ -37,6 +37,7 @@ class PackedLinear(nn.Linear):
 def pack(model: Any) -> None:
     """Give `model`, which shares its submodules with a base, submodules of its own over the same parameters, in which
     all plain linear layers are packed. That takes as much memory again as those weights, from the first forward on.
+    What is attached to the base's submodules later, such as an adapter, is not seen.
 
     Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in float32 or bfloat16.
     """
