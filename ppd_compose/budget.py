@@ -106,7 +106,7 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, past_key_values=cache, use_cache=True)
-    forward_of(model).fit(cache)
+    forward_of(model).lay_out(cache)
     return cache
 
 

@@ -72,7 +72,7 @@ class Decoding:
             verified = self.prefill()
         # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
         with recording(self.request.cache):
-            self.forward.fit(self.request.cache)
+            self.forward.lay_out(self.request.cache)
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
             while not self.done:

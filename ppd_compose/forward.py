@@ -31,7 +31,7 @@ class Forward:
         """
         return int(self.compiled)
 
-    def fit(self, cache: Cache) -> None:
+    def lay_out(self, cache: Cache) -> None:
         """Lay `cache` out as it is after a step, where the forward asks for that."""
         if self.compiled:
             leave_a_gap(cache)
