@@ -42,8 +42,8 @@ def compose(
         budget: how many rows one forward may verify: measured on this machine when None (seconds, once, at the
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
         plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
-        packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same numbers
-            sooner, for as much memory again as those weights.
+        packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same results,
+            up to rounding, sooner, for as much memory again as those weights.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`.
 

@@ -38,7 +38,7 @@ class Forward:
 
     @property
     def kind(self) -> str:
-        """ "eager", "packed" or "compiled": forwards of one kind cost the same."""
+        """One of "eager", "packed" and "compiled": forwards of one kind cost the same."""
         if self.compiled:
             return "compiled"
         return "packed" if any(isinstance(module, PackedLinear) for module in self.model.modules()) else "eager"

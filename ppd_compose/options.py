@@ -20,7 +20,7 @@ DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
 PackedOption = Annotated[
-    bool, typer.Option("--packed", help="Keep weights a second time, laid out for the CPU: the same numbers sooner.")
+    bool, typer.Option("--packed", help="Keep weights a second time, laid out for the CPU's kernels.")
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the verify forward, which takes a minute or two at first.")

@@ -101,6 +101,13 @@ def test_a_compiled_forward_gives_the_tokens_of_the_base(dtype):
 
 
 @needs_compiler
+def test_a_compiled_forward_keeps_to_sliding_windows():
+    base = tiny("gemma3", dtype=torch.float64)
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model, prompt(30)), answer(base, prompt(30)))
+
+
+@needs_compiler
 def test_a_compiled_forward_pads_a_lonely_row():
     base = tiny(dtype=torch.float64)
     model = compose(base, budget=1, compile=True)
