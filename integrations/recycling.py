@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppd_compose import Step, TokenTree, hookimpl
 from ppd_compose.top import best_tokens
-from ppd_compose.tree import Floats, Ints
+from ppd_compose.tree import Floats, Ints, joined, path_log_probs, renumber
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gave them, that are counted together
 FORGET = 0.998  # how much of the past counts after each step
@@ -111,7 +111,9 @@ class TokenRecycling:
         words, parents, scores = (np.concatenate(column) for column in zip(*levels, strict=True))
         # A successor claims less than what it follows, so the best of all are closed under parents.
         best = np.sort(np.argsort(-scores, kind="stable")[:size])
-        return _grafted(tree, len(tree) + best, words[best], parents[best], scores[best])
+        given = scores - np.concatenate([tree.log_probs, scores])[parents]
+        at = renumber(np.concatenate([np.arange(len(tree)), len(tree) + best]), len(tree) + len(scores))
+        return _grafted(tree, words[best], at[parents[best]], given[best])
 
     def _successors(self, tokens: Ints, claims: Floats, size: int) -> tuple[Ints, Ints, Floats]:
         """Of what followed `tokens` the likeliest `size`: tokens, which of `tokens` each follows, and claims."""
@@ -124,20 +126,12 @@ class TokenRecycling:
         return self.tokens[tokens[above], rank], above, claimed[above, rank]
 
 
-def _grafted(tree: TokenTree, names: Ints, tokens: Ints, parents: Ints, claims: Floats) -> TokenTree:
-    """`tree` with further rows `names` below it; a row that is there already stands for its twin, and claims what the
-    surer of both does."""
-    columns: list[list[float]] = [tree.tokens.tolist(), tree.parents.tolist(), tree.log_probs.tolist()]
-    known = {key: row for row, key in enumerate(zip(columns[1], columns[0], strict=True))}
-    at = dict(enumerate(range(len(tree))))
-    rows = zip(names.tolist(), tokens.tolist(), parents.tolist(), claims.tolist(), strict=True)
-    for name, token, parent, claim in rows:
-        above = at[parent]
-        claim = min(claim, columns[2][above])
-        at[name] = row = known.setdefault((above, token), len(columns[0]))
-        if row == len(columns[0]):
-            for column, value in zip(columns, (token, above, claim), strict=True):
-                column.append(value)
-        else:
-            columns[2][row] = max(columns[2][row], claim)
-    return TokenTree.of(*columns)
+def _grafted(tree: TokenTree, words: Ints, parents: Ints, given: Floats) -> TokenTree:
+    """`tree` with `words` below it, marked as guessed, each with a claim given the row above; one whose path is there
+    already stands for its twin, and the claim is its own."""
+    known = tree.log_probs - tree.log_probs[tree.parents]
+    every = np.concatenate([tree.tokens, words]), np.concatenate([tree.parents, parents])
+    tokens, above, (at,) = joined([TokenTree.of(*every, np.zeros(len(every[0])))])
+    claims, marks = np.zeros(len(tokens)), np.zeros(len(tokens), np.int64)
+    claims[at], marks[at[len(tree) :]] = np.concatenate([known, given]), 1
+    return TokenTree(tokens, above, path_log_probs(claims, above), marks)

@@ -122,6 +122,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "tokens_per_second": _rate(answers),
         "speedup": _rate(answers) / _rate(base),
         "tokens_per_forward": sum(s.tokens for s in stats) / max(forwards, 1),
+        "expected_per_forward": sum(s.expected for s in stats) / max(forwards, 1),
         "rows_per_forward": sum(s.rows for s in stats) / max(forwards, 1),
         "host_ms_per_step": 1000 * sum(s.host_seconds for s in stats) / max(forwards, 1),
         "identical": sum(a.ids == b.ids for a, b in zip(answers, base, strict=True)),

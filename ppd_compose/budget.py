@@ -1,6 +1,6 @@
-"""How many rows to verify: as many as make the most tokens per second on this machine.
+"""The seconds of a verify forward on this machine, by rows and context.
 
-Knows seconds by rows and context, and the price of a row. Does not know drafters.
+Knows how they are measured. Which rows are worth theirs is `rows`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .forward import forward_of
-from .hookspecs import hookimpl
-from .step import Step
 from .storage import write_text
-from .tree import Appended, Floats, Ints, TokenTree, cut, stacked_parents
+from .tree import Floats, TokenTree
 from .verify import Context, verify
 
-MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
-STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
-FORGET = 0.95  # how much of the past counts after each step, in the running tokens per second
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,11 @@ class Budget:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, model: PreTrainedModel, rounds: int = 5) -> Budget:
+    def measure(cls, model: PreTrainedModel, rounds: int = 7) -> Budget:
         """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of `rounds` (seconds in all).
 
-        What else runs on the machine only ever adds time, so the fastest is the truest; within a context the seconds
-        are made to rise with the rows.
+        What else runs on the machine only ever adds time, so the fastest is the truest, and a forward is never taken to
+        cost more than one of more rows.
         """
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
         contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(MEASURED_ROWS) <= longest) or (1,)
@@ -71,7 +66,7 @@ class Budget:
             for n in MEASURED_ROWS * rounds:
                 times[n].append(_time_forward(model, cache, n))
             fastest = [min(times[n][1:]) for n in MEASURED_ROWS]
-            table.append(tuple(np.maximum.accumulate(fastest).tolist()))
+            table.append(tuple(np.minimum.accumulate(fastest[::-1])[::-1].tolist()))
         return cls(MEASURED_ROWS, contexts, tuple(table))
 
     @property
@@ -125,55 +120,3 @@ def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> fl
 def _wait(model: PreTrainedModel) -> None:
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
-
-
-@dataclass
-class _Pace:
-    """Running sums of one sequence, and the seconds by rows of its current step."""
-
-    tokens: float = 0.0
-    seconds: float = 0.0
-    curve: Floats = field(default_factory=lambda: np.ones(1))
-
-
-class BestRows:
-    """Candidates and appended rows compete row by row for expected tokens per second.
-
-    A candidate earns the chance that its path is accepted, an appended row its gain. The cut maximises
-    (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the long run when steps
-    differ; before any step is known, (expected tokens) / (seconds). Of all cuts those of one row, of a multiple of
-    four, and of all rows are tried. That is PPD's dynamic sparse tree (section 4) without its offline tables, for any
-    mix of drafters.
-    """
-
-    @hookimpl(trylast=True)
-    def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
-        """Take rows in order of what they earn, a parent before its children, while that pays."""
-        values = _capped(stacked_parents(tree, appended), tree, appended)
-        pace = step.memory.setdefault(self, _Pace())
-        pace.curve = step.budget.curve(len(step.ids))
-        best = np.argsort(-values, kind="stable")[: len(pace.curve)]
-        earned, seconds = np.cumsum(values[best]), pace.curve[: len(best)]
-        worth = earned - pace.tokens / pace.seconds * seconds if pace.seconds else earned / seconds
-        # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
-        sizes = np.union1d(np.arange(STRIDE, len(best) + 1, STRIDE), [1, len(best)])
-        keep = np.sort(best[: sizes[np.argmax(worth[sizes - 1])]])
-        return cut(tree, appended, keep)
-
-    @hookimpl
-    def observe(self, step: Step) -> None:
-        """Keep running sums of tokens and of the budget's own seconds."""
-        pace = step.memory.get(self)
-        if pace is None:  # another plugin decides what fits
-            return
-        pace.tokens = FORGET * pace.tokens + len(step.path)
-        pace.seconds = FORGET * pace.seconds + float(pace.curve[step.rows - 1])
-
-
-def _capped(parents: Ints, tree: TokenTree, appended: Sequence[Appended]) -> Floats:
-    """What each row earns, at most what the row it hangs from earns, so that a cut never orphans a row."""
-    values: Floats = np.concatenate([np.exp(tree.log_probs), *(rows.gains for rows in appended)])
-    parents = np.maximum(parents, 0)
-    while ((above := values[parents]) < values).any():  # once for every level that holds back a lower one
-        values = np.minimum(values, above)
-    return values

@@ -13,16 +13,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .accept import MatchPicks
-from .budget import BestRows, Budget
+from .budget import Budget
 from .drafters import load_drafter
+from .evidence import Evidence
 from .forward import chosen
 from .generation import Composed
-from .hookspecs import hookimpl
 from .mask import refuse_attention
 from .plugins import Plugins
 from .refuse import refuse_base
+from .rows import BestRows
 from .stats import Stats
-from .tree import TokenTree, union
 
 
 def compose(
@@ -68,7 +68,7 @@ def compose(
 
 def composition(drafters: Sequence[Any], plugins: Sequence[Any]) -> Plugins:
     """All plugins of a composed model: those given, and the defaults, which come last where one result counts."""
-    return Plugins(drafters, [*plugins, _Merge(), MatchPicks(), BestRows()])
+    return Plugins(drafters, [*plugins, Evidence(len(drafters)), MatchPicks(), BestRows()])
 
 
 def _sharing(base: PreTrainedModel) -> Any:
@@ -84,14 +84,3 @@ def _sharing(base: PreTrainedModel) -> Any:
     model.__dict__.update(own)
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
-
-
-class _Merge:
-    """Union by path, the default."""
-
-    name = "union"
-
-    @hookimpl(trylast=True)
-    def merge(self, trees: Sequence[TokenTree]) -> TokenTree:
-        """Every path of every drafter once."""
-        return union(trees)

@@ -6,8 +6,10 @@ drafter, nor how `generate` prepared its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,7 @@ class Decoding:
         self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
         self.sequence = Growing(request.ids)
         vocab = model.config.get_text_config().vocab_size
-        self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room)
+        self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room, tuple(plugins.drafters))
         self.context = Context(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self._last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         self.done = False
@@ -127,20 +129,34 @@ class Decoding:
     def draft(self) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""
         step = self.step
+        step.drafting = {
+            name: 0.0
+            for name, drafter in self.plugins.drafters.items()
+            if self.hook.ask(step=step, drafter=name) or drafter in step.answers
+        }
         trees = [TokenTree.chain(step.ids[-1])]
         for name, _, propose in self.proposers:
-            with self.stats.stage(f"propose {name}"):
-                trees += [made.marked(self.bits[name]) for made in self._checked(name, propose(step=step))]
+            trees += [made.marked(self.bits[name]) for made in self._asked("propose", name, propose)]
         with self.stats.stage("merge"):
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
-        grown = [tree]
+        grown: list[TokenTree] = []
         for name, _, extend in self.extenders:
-            with self.stats.stage(f"extend {name}"):
-                made = self._checked(name, extend(step=step, tree=tree))
-                grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
-        if len(grown) > 1:
-            tree = self.hook.merge(step=step, trees=grown)
+            made = self._asked("extend", name, partial(extend, tree=tree))
+            grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
+        if grown:
+            with self.stats.stage("merge"):
+                tree = self.hook.merge(step=step, trees=[*trees, *grown])
         return tree
+
+    def _asked(self, hook: str, name: str, call: Callable[..., list[TokenTree]]) -> list[TokenTree]:
+        """What the drafter of that name drafts, if it is its turn."""
+        if name not in self.step.drafting:
+            return []
+        begin = time.perf_counter()
+        with self.stats.stage(f"{hook} {name}"):
+            made = self._checked(name, call(step=self.step))
+        self.step.drafting[name] += time.perf_counter() - begin
+        return made
 
     def _checked(self, name: str, trees: Sequence[TokenTree]) -> list[TokenTree]:
         root, vocab = self.step.ids[-1], self.step.vocab_size
@@ -152,7 +168,7 @@ class Decoding:
         for name, drafter, append in self.appenders:
             with self.stats.stage(f"append {name}"):
                 for rows in append(step=self.step, tree=tree):
-                    appended[drafter] = check_appended(rows, name, tree)
+                    appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
         with self.stats.stage("fit"):
             # A row deeper than the room left can never be used, and may lie beyond the model's last position.
             blocks: Sequence[Appended] = list(appended.values())

@@ -54,6 +54,14 @@ def start(step: Step, model: PreTrainedModel) -> None:
     """
 
 
+@hookspec(firstresult=True)
+def ask(step: Step, drafter: str) -> bool | None:
+    """Return whether the drafter of that name is asked to propose and extend at this step.
+
+    One whose appended rows were verified is asked in any case: they are paid for.
+    """
+
+
 @hookspec
 def propose(step: Step) -> TokenTree | None:
     """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step."""

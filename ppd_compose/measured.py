@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .budget import Budget
+from .budget import MEASURED_ROWS, Budget
 from .forward import forward_of
 from .identity import Identity, device_name
 from .storage import cache_folder
@@ -42,6 +42,7 @@ def _path(model: PreTrainedModel) -> Path:
         model.config._attn_implementation,
         threads,
         forward_of(model).kind,
+        MEASURED_ROWS,
     ]
     key = hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()[:16]
     return cache_folder() / "budgets" / f"{key}.json"

@@ -25,6 +25,7 @@ class Stats:
     drafters: tuple[str, ...] = ()
     forwards: int = 0  # the prefill, which yields the first token, and the verify forwards
     tokens: int = 0
+    expected: float = 0.0  # tokens, by the chances of all nodes verified
     rows: int = 0  # of all forwards, appended rows included; a prefill counts as one row
     candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
@@ -59,6 +60,7 @@ class Stats:
             return
         self.forwards += 1
         self.tokens += len(step.path)
+        self.expected += float(np.exp(tree.log_probs).sum())
         self.rows += step.rows
         depths = row_depths(tree.parents)
         for bit, name in enumerate(self.drafters):
@@ -72,6 +74,7 @@ class Stats:
         return {
             "forwards": self.forwards,
             "tokens": self.tokens,
+            "expected": self.expected,
             "tokens_per_forward": self.tokens_per_forward,
             "rows_per_forward": self.rows_per_forward,
             "candidates": {name: dict(sorted(c.items())) for name, c in self.candidates.items()},

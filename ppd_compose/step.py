@@ -32,10 +32,12 @@ class Step:
     vocab_size: int
     budget: Budget
     room: int  # tokens that may still be generated
+    drafters: tuple[str, ...] = ()  # names; bit i of a node's sources is the i-th
     index: int = 0  # steps done, the prefill included
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
+    drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence

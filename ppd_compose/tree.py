@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,13 +72,9 @@ class TokenTree:
         return replace(self, sources=marks)
 
     def marked_beyond(self, known: TokenTree, sources: int) -> TokenTree:
-        """The same tree, the nodes whose path `known` does not hold proposed by `sources`, the others by nobody."""
-        at: list[int | None] = [0]
-        for token, parent in zip(self.tokens[1:].tolist(), self.parents[1:].tolist(), strict=True):
-            above = at[parent]
-            at.append(None if above is None else known.child(above, token))
-        marks = [sources if place is None else 0 for place in at]
-        return replace(self, sources=np.asarray(marks, np.int64))
+        """The same tree, proposed by `sources` where a node is marked or its path is not in `known`."""
+        _, _, (_, at) = joined([known, self])
+        return replace(self, sources=np.where((at >= len(known)) | (self.sources != 0), sources, 0))
 
     def take(self, nodes: Ints) -> TokenTree:
         """The subtree of `nodes`, which ascend, start at the root and are closed under parents."""
@@ -109,6 +104,7 @@ class Appended:
     parents: Ints  # [rows], the tree node it sees last, or len(tree) + j for row j of these
     nodes: Ints  # [rows], the tree node that the row's chain hangs from
     gains: Floats  # [rows], tokens that the row is expected to add to the next step
+    source: int = 0  # the bit of the drafter whose rows they are, set by the loop
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -117,7 +113,8 @@ class Appended:
         """Rows `rows` of these, over a tree of `size` nodes of which `nodes` are kept."""
         at = np.concatenate([renumber(nodes, size)[:-1], len(nodes) + renumber(rows, len(self))])
         parents = at[self.parents[rows]]
-        return Appended(self.embeddings, self.kinds[rows], parents, at[self.nodes[rows]], self.gains[rows])
+        kinds, hung, gains = self.kinds[rows], at[self.nodes[rows]], self.gains[rows]
+        return Appended(self.embeddings, kinds, parents, hung, gains, self.source)
 
 
 def renumber(kept: Ints, size: int) -> Ints:
@@ -162,6 +159,15 @@ def row_depths(parents: Ints) -> Ints:
     return np.asarray(depths, np.int64)
 
 
+def path_log_probs(given: Floats, parents: Ints) -> Floats:
+    """Claims for whole paths `[nodes]` of claims for nodes given those above them; the root's is 0."""
+    claims = given.tolist()
+    claims[0] = 0.0
+    for node, parent in enumerate(parents.tolist()[1:], 1):
+        claims[node] += claims[parent]
+    return np.asarray(claims)
+
+
 def ancestors(parents: Ints) -> Bools:
     """Who sees whom `[rows, rows]`: a row sees itself and every row on its way to the root."""
     see = np.eye(len(parents), dtype=bool)
@@ -171,24 +177,27 @@ def ancestors(parents: Ints) -> Bools:
     return see
 
 
+def joined(trees: Sequence[TokenTree]) -> tuple[Ints, Ints, list[Ints]]:
+    """Tokens and parents `[nodes]` of every path of `trees` once, and for each tree where its nodes are there."""
+    index: dict[tuple[int, int], int] = {(-1, int(trees[0].tokens[0])): 0}
+    places = []
+    for tree in trees:
+        at: list[int] = []
+        for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+            at.append(index.setdefault((at[parent] if parent >= 0 else -1, token), len(index)))
+        places.append(np.asarray(at))
+    parents, tokens = np.asarray(list(index), np.int64).T
+    return tokens, parents, places
+
+
 def union(trees: Sequence[TokenTree]) -> TokenTree:
     """Every path of `trees` once; a node keeps its highest claim and all who proposed it."""
     trees = [tree for tree in trees if len(tree) > 1] or trees[:1]
     if len(trees) == 1:
         return trees[0]
-    rows: list[list[Any]] = []
-    index: dict[tuple[int, int], int] = {}
-    for tree in trees:
-        at = [0] * len(tree)
-        columns = (tree.tokens, tree.parents, tree.log_probs, tree.sources)
-        for i, (token, parent, score, source) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            above = at[parent] if parent >= 0 else -1
-            at[i] = index.setdefault((above, token), len(rows))
-            if at[i] == len(rows):
-                rows.append([token, above, score, source])
-            else:
-                rows[at[i]][2] = max(rows[at[i]][2], score)
-                rows[at[i]][3] |= source
-    tokens, parents, scores, sources = zip(*rows, strict=True)
-    made = TokenTree.of(tokens, parents, scores)
-    return replace(made, sources=np.asarray(sources, np.int64))
+    tokens, parents, places = joined(trees)
+    claims, sources = np.full(len(tokens), -np.inf), np.zeros(len(tokens), np.int64)
+    for tree, at in zip(trees, places, strict=True):
+        claims[at] = np.maximum(claims[at], tree.log_probs)
+        sources[at] |= tree.sources
+    return TokenTree(tokens, parents, claims, sources)

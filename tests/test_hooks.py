@@ -126,6 +126,18 @@ def test_hook_start():
     assert starts.seen == [(prompt()[0].tolist(), {}, "LlamaForCausalLM")]
 
 
+def test_hook_ask():
+    class Never:
+        @hookimpl
+        def ask(self, step, drafter):
+            return False if drafter == "oracle" else None
+
+    model, out = run(None, Oracle(answer()), prompt_tokens(), plugins=[Never()], tokens=20)
+    assert out[0].tolist() == answer(20)
+    assert set(model.stats.candidates["oracle"]) == set()
+    assert model.stats.rows_per_forward > 1  # prompt tokens are asked
+
+
 def test_hook_propose():
     model, out = run(None, Oracle(answer()), tokens=20)
     assert out[0].tolist() == answer(20)

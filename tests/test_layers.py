@@ -12,7 +12,8 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
-    "budget", "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "decode",
+    "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
+    "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "decode",
     "refuse", "generation", "compose", "testing", "adapter", "top", "prompt", "prompts", "replies", "loop",
     "states", "distill", "train", "card", "train_job", "environment", "demo_base", "loading", "options",
     "bench", "bench_job", "answer", "demo", "train_command", "cli", "__main__",

@@ -1,0 +1,118 @@
+"""One chance for every candidate, from the claims of all drafters: the default `merge`.
+
+Knows what drafters claimed and what the model said. Does not know budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .hookspecs import hookimpl
+from .logit import ConditionalLogit
+from .step import Step
+from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
+
+DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
+LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
+# Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
+# as they are; those of several say in part the same.
+ALONE, ALONE_HOLDS = (0.0, 1.0, -1.0), 16.0
+AMONG, AMONG_HOLDS = (0.5, 0.7, -1.0), 4.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A merged tree, and what each drafter said about each of its nodes."""
+
+    tree: TokenTree
+    features: Floats  # [nodes, drafters x 3 + 1]
+    depths: Ints  # [nodes], at most DEPTHS
+
+
+class Evidence:
+    """Drafters' claims about the children of a node are pooled: the log-odds that each drafter gives a child against
+    none of those it named, weighed and added (a logarithmic opinion pool; Genest and Zidek 1986).
+
+    A drafter has three weights: for naming a child, for the log-odds that it gives, and for naming others only. One
+    more is for a child that several name. They are learnt while decoding, by depth, from the children of accepted
+    nodes, of which the model told which one was right.
+
+    Args:
+        drafters: how many there are.
+    """
+
+    name = "evidence"
+
+    def __init__(self, drafters: int) -> None:
+        weights, holds = (AMONG, AMONG_HOLDS) if drafters > 1 else (ALONE, ALONE_HOLDS)
+        prior = np.append(np.tile(weights, drafters), 0.0)
+        self.learners = [ConditionalLogit(prior, np.full(prior.shape, holds)) for _ in range(DEPTHS)]
+        self.drafters = drafters
+
+    @hookimpl(trylast=True)
+    def merge(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
+        """Every path of every drafter once, with the pooled chance of the whole path."""
+        tokens, parents, places = joined(trees)
+        claims, sources = np.full((len(tokens), self.drafters), np.nan), np.zeros(len(tokens), np.int64)
+        for tree, at in zip(trees, places, strict=True):
+            mine = np.flatnonzero(tree.sources)
+            if len(mine):
+                drafter = int(tree.sources[mine[0]]).bit_length() - 1
+                claims[at[mine], drafter] = tree.log_probs[mine] - tree.log_probs[tree.parents[mine]]
+                sources[at] |= tree.sources
+        features, depths = self._features(claims, parents), np.minimum(row_depths(parents), DEPTHS)
+        log_probs = self._pooled(features, parents, depths)
+        merged = TokenTree(tokens, parents, log_probs, sources)
+        step.memory[self] = Heard(merged, features, depths)
+        return merged
+
+    @hookimpl
+    def observe(self, step: Step) -> None:
+        """Learn from what followed the accepted nodes."""
+        heard = step.memory.pop(self, None)
+        if heard is None:
+            return
+        path = _known(heard.tree, step.ids[-len(step.path) :])
+        group = np.full(len(heard.tree), -1)
+        group[path] = np.arange(len(path))
+        group = np.where(heard.tree.parents >= 0, group[heard.tree.parents], -1)
+        right = np.isin(np.arange(len(group)), path)
+        for depth, learner in enumerate(self.learners, 1):
+            among = np.flatnonzero((group >= 0) & (heard.depths == depth))
+            if len(among):
+                learner.learn(heard.features[among], group[among], len(path), right[among])
+
+    def _features(self, claims: Floats, parents: Ints) -> Floats:
+        """For each drafter: did it name the token, with which log-odds, did it name others only; then, did several."""
+        named: Bools = ~np.isnan(claims)
+        above = np.maximum(parents, 0)
+        mass = np.zeros_like(claims)
+        np.add.at(mass, above, np.exp(claims, where=named, out=np.zeros_like(claims)))
+        odds = np.clip(claims, np.log(LEAST) - 4, 0) - np.log(np.clip(1 - mass, LEAST, 1))[above]
+        spoke = (mass > 0)[above]
+        several = named.sum(1) > 1
+        each = np.stack([named, np.where(named, odds, 0.0), spoke & ~named], 2).reshape(len(claims), -1)
+        return np.column_stack([each, several])
+
+    def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:
+        """Log of the chance of each path `[nodes]`."""
+        chances = np.ones(len(parents))
+        for depth, learner in enumerate(self.learners, 1):
+            mine = np.flatnonzero(depths == depth)
+            if len(mine):
+                chances[mine] = learner.chances(features[mine], parents[mine], len(parents))
+        return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
+
+
+def _known(tree: TokenTree, following: Sequence[int]) -> list[int]:
+    """The nodes of `tree`, from the root on, that hold the tokens that followed."""
+    path = [0]
+    for token in following:
+        child = tree.child(path[-1], token)
+        if child is None:
+            break
+        path.append(child)
+    return path

@@ -1,0 +1,100 @@
+"""Which rows a forward verifies: as many as make the most tokens per second on this machine.
+
+Knows the price of a second and what rows earn. Does not know drafters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .asking import Asked
+from .hookspecs import hookimpl
+from .step import Step
+from .tree import Appended, Floats, Ints, TokenTree, cut, stacked_parents
+from .worth import Worth, added
+
+STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
+FORGET = 0.95  # how much of the past counts after each step, in the running tokens per second
+
+
+@dataclass
+class _Pace:
+    """Running sums of one sequence, and what its current step costs."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    curve: Floats = field(default_factory=lambda: np.ones(1))
+    drafting: float = 0.0  # seconds of the current step
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second in the long run: those of the last steps, and no fewer than plain decoding makes."""
+        plain = 1.0 / float(self.curve[0])
+        return max(plain, self.tokens / self.seconds) if self.seconds else plain
+
+
+class BestRows:
+    """Candidates and appended rows compete row by row for expected tokens per second.
+
+    A candidate earns the chance that its path is accepted, an appended row its gain, as far as such gains came true
+    before. The cut maximises (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the
+    long run when steps differ. Of all cuts those of one row, of a multiple of four, and of all rows are tried. That is
+    PPD's dynamic sparse tree (section 4) without its offline tables, for any mix of drafters.
+    """
+
+    def __init__(self) -> None:
+        self.worth = Worth()
+        self.asked: dict[str, Asked] = defaultdict(Asked)
+
+    @hookimpl(trylast=True)
+    def ask(self, drafter: str) -> bool:
+        """Those whose guesses are worth their time at every step, others now and then."""
+        return self.asked[drafter].turn()
+
+    @hookimpl(trylast=True)
+    def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
+        """Take rows in order of what they earn, a parent before its children, while that pays."""
+        pace = step.memory.setdefault(self, _Pace())
+        pace.curve = step.budget.curve(len(step.ids))
+        self._judge(step, tree, pace)
+        gains = [self.worth.kept(rows) * rows.gains for rows in appended]
+        values = _capped(stacked_parents(tree, appended), np.concatenate([np.exp(tree.log_probs), *gains]))
+        best = np.argsort(-values, kind="stable")[: len(pace.curve)]
+        net = np.cumsum(values[best]) - pace.rate * pace.curve[: len(best)]
+        # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
+        sizes = np.union1d(np.arange(STRIDE, len(best) + 1, STRIDE), [1, len(best)])
+        keep = np.sort(best[: sizes[np.argmax(net[sizes - 1])]])
+        fitted, riding = cut(tree, appended, keep)
+        self.worth.promise(step, riding, tree.stop_chances()[keep[: len(fitted)]])
+        return fitted, riding
+
+    @hookimpl
+    def observe(self, step: Step) -> None:
+        """Keep running sums of tokens and of the budget's own seconds."""
+        pace = step.memory.get(self)
+        if pace is None:  # another plugin decides what fits
+            return
+        pace.tokens = FORGET * pace.tokens + len(step.path)
+        pace.seconds = FORGET * pace.seconds + float(pace.curve[step.rows - 1]) + pace.drafting
+
+    def _judge(self, step: Step, tree: TokenTree, pace: _Pace) -> None:
+        """Book what asking the drafters and their answers brought."""
+        gained = added(step, tree, pace.rate * pace.curve)
+        self.worth.judge(step, gained)
+        pace.drafting = 0.0
+        for name, gain in zip(step.drafters, gained, strict=True):
+            if name in step.drafting:
+                self.asked[name].judge(step.drafting[name], gain, pace.rate, float(pace.curve[0]))
+                pace.drafting += self.asked[name].typical
+
+
+def _capped(parents: Ints, values: Floats) -> Floats:
+    """What each row earns, at most what the row it hangs from earns, so that a cut never orphans a row."""
+    parents = np.maximum(parents, 0)
+    while ((above := values[parents]) < values).any():  # once for every level that holds back a lower one
+        values = np.minimum(values, above)
+    return values

@@ -1,0 +1,91 @@
+"""What appended rows turned out to be worth, against the gains that drafters promised for them.
+
+Knows trees, marks and prices. Does not know what the rows are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .step import Step
+from .tree import Appended, Floats, TokenTree
+
+FORGET = 0.98  # how much of the past counts after each step
+PRIOR = 5.0  # answers that are taken to have kept their promises
+
+
+@dataclass
+class _Ledger:
+    """Tokens promised and gained by the answers to one drafter's rows, each step weighing less than the next."""
+
+    promised: float = 0.0
+    gained: float = 0.0
+    answers: float = 0.0
+
+    def forget(self) -> None:
+        self.promised, self.gained, self.answers = (FORGET * x for x in (self.promised, self.gained, self.answers))
+
+    @property
+    def kept(self) -> float:
+        """How much of a promise is kept."""
+        typical = self.promised / self.answers if self.answers else 1.0
+        return (self.gained + PRIOR * typical) / (self.promised + PRIOR * typical) if typical else 1.0
+
+
+class Worth:
+    """Corrects gains by how far such promises were kept.
+
+    An answer is worth what the best cut of the step's candidates yields, less the best cut without those that its
+    drafter alone proposed, each after paying for its rows. While nothing is bought the past is forgotten, and
+    the drafter gets another chance.
+    """
+
+    def __init__(self) -> None:
+        self.ledgers: dict[int, _Ledger] = defaultdict(_Ledger)
+
+    def judge(self, step: Step, gained: Sequence[float]) -> None:
+        """Book what the answers of this step are worth: `gained` by drafter, as `added` tells."""
+        for ledger in self.ledgers.values():
+            ledger.forget()
+        for source, promised in step.memory.pop(self, {}).items():
+            if (promise := float(promised[step.path[-1]])) > 0:
+                ledger = self.ledgers[source]
+                ledger.promised += promise
+                ledger.answers += 1
+                ledger.gained += gained[source.bit_length() - 1]
+
+    def kept(self, rows: Appended) -> float:
+        """The share of the gains of `rows` that is likely to come true; may be above 1."""
+        return self.ledgers[rows.source].kept if rows.source in self.ledgers else 1.0
+
+    def promise(self, step: Step, appended: Sequence[Appended], stops: Floats) -> None:
+        """Remember what the rows that ride along promise where acceptance ends: `stops` `[nodes]` are the chances of
+        that, which gains contain."""
+        step.memory[self] = {
+            rows.source: np.bincount(rows.nodes, rows.gains, len(stops)) / np.maximum(stops, 1e-9)
+            for rows in appended
+            if len(rows)
+        }
+
+
+def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
+    """By drafter, the tokens that the nodes of `tree` which it alone proposed add to the best cut, less the price of
+    their rows; `price` `[rows]` is that of a forward in tokens.
+
+    As many appended rows are taken to ride along as did last time.
+    """
+    earned, riding = np.exp(tree.log_probs), step.rows - (0 if step.tree is None else len(step.tree))
+    order = np.argsort(-earned, kind="stable")
+    earned, sources, price = earned[order], tree.sources[order], price[riding:]
+    every = _best(earned, price)
+    return [every - _best(earned[sources != 1 << bit], price) for bit in range(len(step.drafters))]
+
+
+def _best(earned: Floats, price: Floats) -> float:
+    """The most that a cut of descending earnings yields, which takes at least the root."""
+    size = min(len(earned), len(price))
+    return float(np.max(np.cumsum(earned[:size]) - price[:size]))

@@ -1,0 +1,117 @@
+"""Claims of several drafters become one chance that holds, learnt while decoding."""
+
+import numpy as np
+import pytest
+from tiny import VOCAB, prompt, prompt_tokens, tiny
+
+from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose.evidence import Evidence
+from ppd_compose.logit import ConditionalLogit
+
+
+def step_over(evidence, trees, following):
+    """Merge, then be told which tokens followed the root; the merged tree."""
+    step = Step([5], 61, Budget.flat(8), 10)
+    marked = [TokenTree.chain(5), *(tree.marked(1 << i) for i, tree in enumerate(trees))]
+    tree = evidence.merge(step, marked)
+    step.ids, step.path, step.tree = [5, *following], [0] * len(following), tree
+    evidence.observe(step)
+    return tree
+
+
+def children(*claims):
+    """Children of the root, tokens 10, 11, ..., with these claims."""
+    return TokenTree.of([5, *range(10, 10 + len(claims))], [-1] + [0] * len(claims), [0.0, *np.log(claims)])
+
+
+def chance(tree, token):
+    found = tree.child(0, token)
+    return float(np.exp(tree.log_probs[found]))
+
+
+def test_weights_of_a_known_choice_are_found():
+    dice = np.random.default_rng(0)
+    true, logit = np.array([1.0, -2.0]), ConditionalLogit(np.zeros(2), np.ones(2))
+    for _ in range(800):
+        features = dice.normal(size=(3, 2))
+        chances = np.append(np.exp(features @ true), 1.0)
+        happened = np.arange(3) == dice.choice(4, p=chances / chances.sum())
+        logit.learn(features, np.zeros(3, int), 1, happened)
+    assert logit.weights == pytest.approx(true, abs=0.3)
+
+
+def test_claims_of_a_single_drafter_are_taken_as_they_are_at_first():
+    tree = TokenTree.of([5, 1, 2, 3], [-1, 0, 0, 1], np.log([1.0, 0.5, 0.3, 0.2]))
+    merged = step_over(Evidence(1), [tree], [])
+    assert merged.tokens.tolist() == [5, 1, 2, 3]
+    assert np.exp(merged.log_probs) == pytest.approx([1.0, 0.5, 0.3, 0.2])
+
+
+def test_a_drafter_that_boasts_is_believed_less():
+    evidence, dice = Evidence(1), np.random.default_rng(0)
+    for _ in range(200):
+        merged = step_over(evidence, [children(0.9)], [10 if dice.random() < 0.3 else 20])
+    assert chance(merged, 10) == pytest.approx(0.3, abs=0.1)
+
+
+def test_two_who_agree_are_believed_more_than_either():
+    evidence, dice = Evidence(2), np.random.default_rng(0)
+    for _ in range(400):
+        right = int(dice.integers(10, 13))
+        told = [right if dice.random() < 0.6 else int(dice.integers(10, 13)) for _ in range(2)]
+        trees = [TokenTree.chain(5, [token], [np.log(0.6)]) for token in told]
+        step_over(evidence, trees, [right])
+    agreed = step_over(evidence, [children(0.6), children(0.6)], [])
+    apart = step_over(evidence, [children(0.6), TokenTree.chain(5, [12], [np.log(0.6)])], [])
+    assert chance(agreed, 10) == pytest.approx(0.93, abs=0.06)  # 1 - 0.2667^2 / (0.7333^2 + ...), by Bayes' rule
+    assert chance(apart, 10) == pytest.approx(chance(apart, 12), abs=0.15)
+    assert chance(apart, 10) < 0.6
+
+
+def test_chances_of_siblings_never_add_up_to_more_than_one():
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        trees = [children(*dice.dirichlet(np.ones(4))) for _ in range(3)]
+        merged = step_over(Evidence(3), trees, [])
+        assert np.exp(merged.log_probs[1:]).sum() <= 1 + 1e-9
+        assert (merged.stop_chances() >= 0).all()
+
+
+def test_an_extender_adds_evidence_for_nodes_that_it_marks():
+    evidence, step = Evidence(2), Step([5], 61, Budget.flat(8), 10)
+    alone = evidence.merge(step, [TokenTree.chain(5), children(0.3, 0.3).marked(1)])
+    agreed = evidence.merge(step, [TokenTree.chain(5), children(0.3, 0.3).marked(1), children(0.8).marked(2)])
+    assert chance(agreed, 10) > chance(alone, 10) > chance(agreed, 11)
+    assert agreed.sources.tolist() == [0, 3, 1]
+
+
+class Boaster:
+    """Knows the answer, says so four times of ten, and claims the same whether or not."""
+
+    def __init__(self, answer):
+        self.answer, self.dice = answer, np.random.default_rng(0)
+
+    @hookimpl
+    def propose(self, step):
+        ahead = np.asarray(self.answer[len(step.ids) : len(step.ids) + 4])
+        tokens = ahead if self.dice.random() < 0.4 else (ahead + 3) % VOCAB
+        return TokenTree.chain(step.ids[-1], tokens.tolist(), [-0.1] * len(tokens))
+
+
+def test_expected_tokens_are_those_that_come():
+    expected, came = [], []
+
+    class Counts:
+        @hookimpl
+        def observe(self, step):
+            if step.index > 1:
+                expected.append(np.exp(step.tree.log_probs).sum())
+                came.append(len(step.path))
+
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)[0].tolist()
+    model = compose(base, prompt_tokens(), Boaster(answer), budget=16, plugins=[Counts()])
+    for _ in range(12):
+        model.generate(prompt(), max_new_tokens=140, do_sample=False)
+    assert len(came) > 500
+    assert sum(expected[200:]) == pytest.approx(sum(came[200:]), rel=0.05)
