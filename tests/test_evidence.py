@@ -5,6 +5,7 @@ import pytest
 from tiny import VOCAB, prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose.alternatives import AlwaysAsk, HighestClaim
 from ppd_compose.evidence import Evidence
 from ppd_compose.logit import ConditionalLogit
 
@@ -115,3 +116,20 @@ def test_expected_tokens_are_those_that_come():
         model.generate(prompt(), max_new_tokens=140, do_sample=False)
     assert len(came) > 500
     assert sum(expected[200:]) == pytest.approx(sum(came[200:]), rel=0.05)
+
+
+def test_alternatives_take_the_place_of_the_defaults():
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=60, do_sample=False)
+    seen = []
+
+    class Sees:
+        @hookimpl
+        def observe(self, step):
+            seen.append(float(np.exp(step.tree.log_probs).sum()))
+
+    drafters = [prompt_tokens(), Boaster(answer[0].tolist())]
+    model = compose(base, *drafters, budget=16, plugins=[HighestClaim(), AlwaysAsk(), Sees()])
+    assert model.generate(prompt(), max_new_tokens=60, do_sample=False).tolist() == answer.tolist()
+    chain = 1 + sum(np.exp(-0.1 * depth) for depth in range(1, 5))
+    assert max(seen) >= chain - 1e-9  # boasts are believed to the end
