@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,10 +136,13 @@ def main(
     for variant in variants(drafters.split("+")):
         told.append(decoded(loaded.model, asked, tokens, budget, variant))
         print(told[-1], flush=True)
-    command = f"python benchmarks/composition.py --drafters {drafters} --per-category {per_category} --tokens {tokens}"
+    command = (
+        f"python benchmarks/composition.py --questions {questions.name} --curve {curve.name} --drafters {drafters} "
+        f"--per-category {per_category} --tokens {tokens} --rows {rows}"
+    )
     result = {
-        "environment": environment(loaded.model, f"{command} --rows {rows}"),
-        "budget": json.loads(curve.read_text(encoding="utf-8")),
+        "environment": environment(loaded.model, command),
+        "budget": asdict(budget),
         "variants": told,
     }
     if json_file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Budget:
             raise ValueError(
                 f"seconds must be {shape} for {shape[0]} contexts and row counts from 1, got {table.shape}"
             )
+        if list(self.rows) != sorted(set(self.rows)) or list(self.contexts) != sorted(set(self.contexts)):
+            raise ValueError(f"rows and contexts must ascend, got {self.rows} and {self.contexts}")
         if not (table > 0).all() or not (np.isfinite(table)).all():
             raise ValueError("seconds must be positive numbers")
 
@@ -66,8 +69,8 @@ class Budget:
             for n in MEASURED_ROWS * rounds:
                 times[n].append(_time_forward(model, cache, n))
             fastest = [min(times[n][1:]) for n in MEASURED_ROWS]
-            table.append(tuple(np.minimum.accumulate(fastest[::-1])[::-1].tolist()))
-        return cls(MEASURED_ROWS, contexts, tuple(table))
+            table.append(fastest)
+        return cls(MEASURED_ROWS, contexts, tuple(map(tuple, _rising(np.asarray(table)).tolist())))
 
     @property
     def max_rows(self) -> int:
@@ -82,6 +85,14 @@ class Budget:
         curve: Floats = np.interp(np.arange(1, self.rows[-1] + 1), self.rows, mixed)
         return curve
 
+    def corrected(self, ratios: Mapping[int, float]) -> Budget:
+        """The same where forwards of some numbers of rows take `ratios` times what it says; between those numbers the
+        ratio is interpolated, beyond them it is that of the nearest."""
+        rows = sorted(ratios)
+        factors = np.interp(self.rows, rows, [ratios[n] for n in rows])
+        table = _rising(np.asarray(self.seconds) * factors)
+        return Budget(self.rows, self.contexts, tuple(map(tuple, table.tolist())))
+
     def save(self, path: Path) -> None:
         """Write as JSON."""
         write_text(path, json.dumps({"rows": self.rows, "contexts": self.contexts, "seconds": self.seconds}))
@@ -94,6 +105,12 @@ class Budget:
             return cls(tuple(data["rows"]), tuple(data["contexts"]), tuple(map(tuple, data["seconds"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no budget: {error}") from None
+
+
+def _rising(table: Floats) -> Floats:
+    """`table` `[contexts, rows]`, where no forward costs more than one of more rows."""
+    rising: Floats = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]
+    return rising
 
 
 def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
@@ -110,13 +127,14 @@ def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> fl
     cache = copy.deepcopy(filled)
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
     context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
-    _wait(model)
+    wait(model)
     begin = time.perf_counter()
     verify(forward_of(model), cache, context, tree, (), {})
-    _wait(model)
+    wait(model)
     return time.perf_counter() - begin
 
 
-def _wait(model: PreTrainedModel) -> None:
+def wait(model: PreTrainedModel) -> None:
+    """Until the device of `model` has done what it was told."""
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)

@@ -19,6 +19,7 @@ from .evidence import Evidence
 from .forward import chosen
 from .generation import Composed
 from .mask import refuse_attention
+from .measured import Watch
 from .plugins import Plugins
 from .refuse import refuse_base
 from .rows import BestRows
@@ -57,12 +58,14 @@ def compose(
     """
     refuse_base(base)
     refuse_attention(base)
-    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], plugins)
+    watch = Watch() if budget is None else None
+    others = plugins if watch is None else [*plugins, watch]
+    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], others)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.forwards = chosen(model, base, packed, compile)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
-    model.budget = Budget.flat(budget) if isinstance(budget, int) else budget
+    model.budget, model.watch = Budget.flat(budget) if isinstance(budget, int) else budget, watch
     return model
 
 

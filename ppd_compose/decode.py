@@ -19,7 +19,7 @@ from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
-from .budget import Budget
+from .budget import Budget, wait
 from .cache import commit, recording
 from .check import check_appended, check_tree
 from .forward import forward_of
@@ -110,10 +110,13 @@ class Decoding:
     def advance(self) -> None:
         """One step: draft, one forward, and take what the model says."""
         tree, appended = self.fit(self.draft())
+        begin = time.perf_counter()
         with self.stats.stage("verify"):
             verified = verify(
                 self.forward, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
             )
+            wait(self.model)
+        self.step.seconds = time.perf_counter() - begin
         self.take(tree, appended, verified)
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
@@ -132,7 +135,7 @@ class Decoding:
         step.drafting = {
             name: 0.0
             for name, drafter in self.plugins.drafters.items()
-            if self.hook.ask(step=step, drafter=name) or drafter in step.answers
+            if self.hook.ask(step=step, drafter=name) or self._answered(drafter)
         }
         trees = [TokenTree.chain(step.ids[-1])]
         for name, _, propose in self.proposers:
@@ -141,12 +144,17 @@ class Decoding:
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
         grown: list[TokenTree] = []
         for name, _, extend in self.extenders:
-            made = self._asked("extend", name, partial(extend, tree=tree))
+            made = self._asked("extend", name, partial(extend, tree=tree.marked(0)))
             grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
         if grown:
             with self.stats.stage("merge"):
                 tree = self.hook.merge(step=step, trees=[*trees, *grown])
         return tree
+
+    def _answered(self, drafter: Any) -> bool:
+        """Whether rows that it appended were verified below the last accepted node."""
+        answer = self.step.answers.get(drafter)
+        return answer is not None and len(answer.kinds) > 0
 
     def _asked(self, hook: str, name: str, call: Callable[..., list[TokenTree]]) -> list[TokenTree]:
         """What the drafter of that name drafts, if it is its turn."""

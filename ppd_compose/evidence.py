@@ -17,6 +17,8 @@ from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_de
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
+FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
+NEVER = -1e3  # the same of a whole path
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
 ALONE, ALONE_HOLDS = (0.0, 1.0, -1.0), 16.0
@@ -61,7 +63,8 @@ class Evidence:
             mine = np.flatnonzero(tree.sources)
             if len(mine):
                 drafter = int(tree.sources[mine[0]]).bit_length() - 1
-                claims[at[mine], drafter] = tree.log_probs[mine] - tree.log_probs[tree.parents[mine]]
+                paths = np.maximum(tree.log_probs, NEVER)
+                claims[at[mine], drafter] = paths[mine] - paths[tree.parents[mine]]
                 sources[at] |= tree.sources
         features, depths = self._features(claims, parents), np.minimum(row_depths(parents), DEPTHS)
         log_probs = self._pooled(features, parents, depths)
@@ -76,14 +79,16 @@ class Evidence:
         if heard is None:
             return
         path = _known(heard.tree, step.ids[-len(step.path) :])
-        group = np.full(len(heard.tree), -1)
-        group[path] = np.arange(len(path))
-        group = np.where(heard.tree.parents >= 0, group[heard.tree.parents], -1)
+        # What follows the last token is not known yet, whether or not it was drafted.
+        group = np.full(len(heard.tree) + 1, -1)
+        group[path[: len(step.path)]] = np.arange(min(len(path), len(step.path)))
+        group = group[heard.tree.parents]
         right = np.isin(np.arange(len(group)), path)
         for depth, learner in enumerate(self.learners, 1):
             among = np.flatnonzero((group >= 0) & (heard.depths == depth))
             if len(among):
-                learner.learn(heard.features[among], group[among], len(path), right[among])
+                _, choice = np.unique(group[among], return_inverse=True)
+                learner.learn(heard.features[among], choice, right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
         """For each drafter: did it name the token, with which log-odds, did it name others only; then, did several."""
@@ -91,7 +96,7 @@ class Evidence:
         above = np.maximum(parents, 0)
         mass = np.zeros_like(claims)
         np.add.at(mass, above, np.exp(claims, where=named, out=np.zeros_like(claims)))
-        odds = np.clip(claims, np.log(LEAST) - 4, 0) - np.log(np.clip(1 - mass, LEAST, 1))[above]
+        odds = np.clip(claims, FAINTEST, 0) - np.log(np.clip(1 - mass, LEAST, 1))[above]
         spoke = (mass > 0)[above]
         several = named.sum(1) > 1
         each = np.stack([named, np.where(named, odds, 0.0), spoke & ~named], 2).reshape(len(claims), -1)
@@ -103,7 +108,7 @@ class Evidence:
         for depth, learner in enumerate(self.learners, 1):
             mine = np.flatnonzero(depths == depth)
             if len(mine):
-                chances[mine] = learner.chances(features[mine], parents[mine], len(parents))
+                chances[mine] = learner.chances(features[mine], parents[mine])
         return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
 
 

@@ -18,7 +18,7 @@ from .accept import Picker
 from .budget import Budget
 from .decode import Decoding, Request
 from .forward import Forward
-from .measured import measured_budget
+from .measured import Watch, measured_budget
 from .plugins import Plugins
 from .refuse import refuse_arguments, refuse_request
 from .stats import Stats
@@ -31,6 +31,7 @@ class Composed:
     forwards: Forward
     plugins: Plugins
     budget: Budget | None
+    watch: Watch | None
     stats: Stats
 
     @torch.no_grad()
@@ -134,6 +135,8 @@ def _request(
     """Bring together what `generate` prepared; the budget is measured here, the first time."""
     if model.budget is None:
         model.budget = measured_budget(model)
+    elif model.watch is not None:
+        model.budget = model.watch.kept_true(model, model.budget)
     visible = visible_columns(input_ids, config, model_kwargs)
     cache = model_kwargs["past_key_values"]
     return Request(

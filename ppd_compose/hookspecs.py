@@ -58,7 +58,7 @@ def start(step: Step, model: PreTrainedModel) -> None:
 def ask(step: Step, drafter: str) -> bool | None:
     """Return whether the drafter of that name is asked to propose and extend at this step.
 
-    One whose appended rows were verified is asked in any case: they are paid for.
+    One whose appended rows were verified below the last accepted node is asked in any case: they are paid for.
     """
 
 
@@ -69,12 +69,19 @@ def propose(step: Step) -> TokenTree | None:
 
 @hookspec(firstresult=True)
 def merge(step: Step, trees: Sequence[TokenTree]) -> TokenTree | None:
-    """Return the one tree that stands for `trees`, of which the first is the bare root."""
+    """Return the one tree that stands for `trees`, of which the first is the bare root.
+
+    A node's `sources` are those of all trees that hold it, or'ed: by them it is known what each drafter adds.
+    """
 
 
 @hookspec
 def extend(step: Step, tree: TokenTree) -> TokenTree | None:
-    """Return a tree with the same root whose paths continue those of the merged `tree`, or None."""
+    """Return a tree with the same root whose paths continue those of the merged `tree`, or None.
+
+    The `sources` of `tree` are 0. Nodes that it does not hold are yours; mark others that you would have guessed too
+    by another number, and your claim for them counts.
+    """
 
 
 @hookspec

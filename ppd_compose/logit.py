@@ -10,6 +10,7 @@ import numpy as np
 from .tree import Bools, Floats, Ints
 
 FORGET = 0.999  # how much of what was learnt counts after each choice
+FARTHEST = 1.0  # that one step may move the log-odds of an alternative before it
 STEADY = 1e-6  # added to the information, so that it can be inverted
 
 
@@ -30,19 +31,30 @@ class ConditionalLogit:
         self.held = np.diag(information)
         self.information = self.held.copy()
 
-    def chances(self, features: Floats, group: Ints, groups: int) -> Floats:
-        """Of each alternative `[alternatives]`, given those of the same choice, numbered below `groups`."""
-        strengths = np.exp(features @ self.weights)
-        chances: Floats = strengths / (1.0 + np.bincount(group, strengths, groups))[group]
+    def chances(self, features: Floats, group: Ints) -> Floats:
+        """Chance of each alternative `[alternatives]`, given those of the same choice.
+
+        Args:
+            features: `[alternatives, features]`.
+            group: `[alternatives]`, which choice each belongs to, numbered from 0.
+        """
+        scores = features @ self.weights
+        highest = np.zeros(group.max(initial=0) + 1)  # that of none of them, or of the best
+        np.maximum.at(highest, group, scores)
+        strengths = np.exp(scores - highest[group])
+        chances: Floats = strengths / (np.exp(-highest) + np.bincount(group, strengths, len(highest)))[group]
         return chances
 
-    def learn(self, features: Floats, group: Ints, groups: int, happened: Bools) -> None:
-        """`groups` choices among the alternatives `[alternatives, features]`, of which in each at most one happened."""
-        chances = self.chances(features, group, groups)
+    def learn(self, features: Floats, group: Ints, happened: Bools) -> None:
+        """Take up choices, in each of which at most one alternative `happened` `[alternatives]`; the rest as in
+        `chances`."""
+        chances = self.chances(features, group)
         weighted = chances[:, None] * features
-        means = np.zeros((groups, len(self.weights)))
+        means = np.zeros((group.max() + 1, len(self.weights)))
         np.add.at(means, group, weighted)
-        forgotten = 1 - FORGET**groups
+        forgotten = 1 - FORGET ** len(means)
         self.information += forgotten * (self.held - self.information) + weighted.T @ features - means.T @ means
         slope = (happened - chances) @ features + forgotten * self.held @ (self.prior - self.weights)
-        self.weights = self.weights + np.linalg.solve(self.information + STEADY * np.eye(len(slope)), slope)
+        change = np.linalg.solve(self.information + STEADY * np.eye(len(slope)), slope)
+        # The curvature holds nearby only: no alternative's log-odds may move far at once.
+        self.weights = self.weights + change * min(1.0, FARTHEST / max(np.abs(features @ change).max(), 1e-9))

@@ -1,4 +1,4 @@
-"""The budget measured on this machine, kept in the user's cache.
+"""The budget measured on this machine, kept in the user's cache, and corrected by what forwards then take.
 
 Knows what a measurement depends on. How it is measured is `budget`.
 """
@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict, deque
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
 from .budget import MEASURED_ROWS, Budget
 from .forward import forward_of
+from .hookspecs import hookimpl
 from .identity import Identity, device_name
+from .step import Step
 from .storage import cache_folder
+
+ENOUGH = 24  # forwards of one number of rows before they are compared
+LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
+TOLERANCE = 1.2  # ratio of two sizes' disagreements from which the budget is corrected
 
 
 def measured_budget(model: PreTrainedModel) -> Budget:
@@ -26,6 +35,42 @@ def measured_budget(model: PreTrainedModel) -> Budget:
     budget = Budget.measure(model)
     budget.save(path)
     return budget
+
+
+class Watch:
+    """Observer: whether forwards take what the budget says.
+
+    A machine that was busy while it was measured gives a curve of the wrong shape. What matters is how forwards of
+    different rows compare; a machine that is slower throughout wants the same rows.
+    """
+
+    name = "budget-watch"
+
+    def __init__(self) -> None:
+        self.latest: deque[tuple[int, float]] = deque(maxlen=LATEST)  # measured rows nearest to a forward's, and ratio
+
+    @hookimpl
+    def observe(self, step: Step) -> None:
+        """Compare one forward with the budget."""
+        budget = step.budget
+        if step.index > 1 and step.rows <= budget.max_rows and len(step.ids) <= budget.contexts[-1]:
+            told = float(budget.curve(len(step.ids))[step.rows - 1])
+            nearest = min(budget.rows, key=lambda rows: abs(rows - step.rows))
+            self.latest.append((nearest, step.seconds / told))
+
+    def kept_true(self, model: PreTrainedModel, budget: Budget) -> Budget:
+        """`budget`, the measured one of `model`, or a corrected one, kept from now on, where they disagree."""
+        ratios: dict[int, list[float]] = defaultdict(list)
+        for rows, ratio in self.latest:
+            ratios[rows].append(ratio)
+        typical = {rows: median(mine) for rows, mine in ratios.items() if len(mine) >= ENOUGH}
+        if len(typical) < 2 or max(typical.values()) < TOLERANCE * min(typical.values()):
+            return budget
+        self.latest.clear()
+        budget = budget.corrected(typical)
+        with suppress(OSError):  # a cache that cannot be written is no reason not to decode
+            budget.save(_path(model))
+        return budget
 
 
 def _path(model: PreTrainedModel) -> Path:

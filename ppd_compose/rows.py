@@ -25,6 +25,7 @@ FORGET = 0.95  # how much of the past counts after each step, in the running tok
 class _Pace:
     """Running sums of one sequence, and what its current step costs."""
 
+    index: int = 0  # of the current step
     tokens: float = 0.0
     seconds: float = 0.0
     curve: Floats = field(default_factory=lambda: np.ones(1))
@@ -49,17 +50,23 @@ class BestRows:
     def __init__(self) -> None:
         self.worth = Worth()
         self.asked: dict[str, Asked] = defaultdict(Asked)
+        self.tried = -1  # the step at which one that does not pay was last asked
 
     @hookimpl(trylast=True)
-    def ask(self, drafter: str) -> bool:
-        """Those whose guesses are worth their time at every step, others now and then."""
-        return self.asked[drafter].turn()
+    def ask(self, step: Step, drafter: str) -> bool:
+        """Those whose guesses are worth their time at every step; others now and then, one at a time, so that what one
+        of them would add shows even if another guesses the same."""
+        asked = self.asked[drafter]
+        turn = asked.turn() and (asked.wait <= 1 or self.tried != step.index)
+        if turn and asked.wait > 1:
+            self.tried = step.index
+        return turn
 
     @hookimpl(trylast=True)
     def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
         pace = step.memory.setdefault(self, _Pace())
-        pace.curve = step.budget.curve(len(step.ids))
+        pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
         self._judge(step, tree, pace)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
         values = _capped(stacked_parents(tree, appended), np.concatenate([np.exp(tree.log_probs), *gains]))
@@ -76,16 +83,18 @@ class BestRows:
     def observe(self, step: Step) -> None:
         """Keep running sums of tokens and of the budget's own seconds."""
         pace = step.memory.get(self)
-        if pace is None:  # another plugin decides what fits
+        if pace is None or pace.index != step.index - 1:  # another plugin decided what fits
             return
         pace.tokens = FORGET * pace.tokens + len(step.path)
-        pace.seconds = FORGET * pace.seconds + float(pace.curve[step.rows - 1]) + pace.drafting
+        pace.seconds = FORGET * pace.seconds + float(pace.curve[min(step.rows, len(pace.curve)) - 1]) + pace.drafting
 
     def _judge(self, step: Step, tree: TokenTree, pace: _Pace) -> None:
         """Book what asking the drafters and their answers brought."""
         gained = added(step, tree, pace.rate * pace.curve)
         self.worth.judge(step, gained)
         pace.drafting = 0.0
+        if pace.curve[0] == pace.curve[-1]:  # a fixed number of rows: nothing is known of seconds
+            return
         for name, gain in zip(step.drafters, gained, strict=True):
             if name in step.drafting:
                 self.asked[name].judge(step.drafting[name], gain, pace.rate, float(pace.curve[0]))

@@ -36,6 +36,7 @@ class Step:
     index: int = 0  # steps done, the prefill included
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
+    seconds: float = 0.0  # that the last verify forward took
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin

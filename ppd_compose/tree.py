@@ -72,9 +72,11 @@ class TokenTree:
         return replace(self, sources=marks)
 
     def marked_beyond(self, known: TokenTree, sources: int) -> TokenTree:
-        """The same tree, proposed by `sources` where a node is marked or its path is not in `known`."""
+        """The same tree, proposed by `sources` where a node is marked or its path is not in `known`; never the root."""
         _, _, (_, at) = joined([known, self])
-        return replace(self, sources=np.where((at >= len(known)) | (self.sources != 0), sources, 0))
+        marks = np.where((at >= len(known)) | (self.sources != 0), sources, 0)
+        marks[0] = 0
+        return replace(self, sources=marks)
 
     def take(self, nodes: Ints) -> TokenTree:
         """The subtree of `nodes`, which ascend, start at the root and are closed under parents."""

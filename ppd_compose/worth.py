@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .step import Step
-from .tree import Appended, Floats, TokenTree
+from .tree import Appended, Bools, Floats, TokenTree
 
 FORGET = 0.98  # how much of the past counts after each step
 PRIOR = 5.0  # answers that are taken to have kept their promises
@@ -51,7 +51,8 @@ class Worth:
         """Book what the answers of this step are worth: `gained` by drafter, as `added` tells."""
         for ledger in self.ledgers.values():
             ledger.forget()
-        for source, promised in step.memory.pop(self, {}).items():
+        index, promises = step.memory.pop(self, (0, {}))
+        for source, promised in promises.items() if index == step.index - 1 else ():
             if (promise := float(promised[step.path[-1]])) > 0:
                 ledger = self.ledgers[source]
                 ledger.promised += promise
@@ -65,24 +66,34 @@ class Worth:
     def promise(self, step: Step, appended: Sequence[Appended], stops: Floats) -> None:
         """Remember what the rows that ride along promise where acceptance ends: `stops` `[nodes]` are the chances of
         that, which gains contain."""
-        step.memory[self] = {
+        promises = {
             rows.source: np.bincount(rows.nodes, rows.gains, len(stops)) / np.maximum(stops, 1e-9)
             for rows in appended
             if len(rows)
         }
+        step.memory[self] = step.index, promises
 
 
 def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
-    """By drafter, the tokens that the nodes of `tree` which it alone proposed add to the best cut, less the price of
-    their rows; `price` `[rows]` is that of a forward in tokens.
+    """By drafter, the tokens that the nodes of `tree` which it alone proposed, and what hangs from them, add to the
+    best cut, less the price of their rows; `price` `[rows]` is that of a forward in tokens.
 
     As many appended rows are taken to ride along as did last time.
     """
-    earned, riding = np.exp(tree.log_probs), step.rows - (0 if step.tree is None else len(step.tree))
+    riding = step.rows - (0 if step.tree is None else len(step.tree))
+    price = price[min(riding, len(price) - 1) :]
+    earned = np.exp(tree.log_probs)
     order = np.argsort(-earned, kind="stable")
-    earned, sources, price = earned[order], tree.sources[order], price[riding:]
-    every = _best(earned, price)
-    return [every - _best(earned[sources != 1 << bit], price) for bit in range(len(step.drafters))]
+    every = _best(earned[order], price)
+    return [every - _best(earned[order[~gone[order]]], price) for gone in _alone(step, tree)]
+
+
+def _alone(step: Step, tree: TokenTree) -> Bools:
+    """Which nodes would not be there without each drafter `[drafters, nodes]`."""
+    gone: Bools = tree.sources == 1 << np.arange(len(step.drafters))[:, None]
+    for node, parent in enumerate(tree.parents.tolist()[1:], 1):
+        gone[:, node] |= gone[:, parent]
+    return gone
 
 
 def _best(earned: Floats, price: Floats) -> float:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import Oracle, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, compose, hookimpl
+from ppd_compose import Budget, Step, compose, hookimpl
+from ppd_compose.measured import Watch
 
 
 def steep(cost: float) -> Budget:
@@ -74,3 +75,58 @@ def test_forwards_come_in_few_sizes():
     rows = sizes[:-8]  # near the end there is no room for deeper rows
     assert len(set(rows)) > 2
     assert all(count == 1 or count % 4 == 0 for count in rows)
+
+
+def observed(watch, budget, seconds, times=50):
+    """Forwards of some rows that took `seconds` by rows."""
+    for _ in range(times):
+        for rows, took in seconds.items():
+            watch.observe(Step([5], 61, budget, 10, index=2, rows=rows, seconds=took))
+
+
+def test_a_budget_that_disagrees_with_what_forwards_take_is_corrected_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppd_compose.measured.cache_folder", lambda: tmp_path)
+    base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
+    observed(watch, budget, {1: 1.0, 8: 2.2})
+    better = watch.kept_true(base, budget)
+    assert better.seconds == ((1.0, pytest.approx(2.2), pytest.approx(2.4)),)
+    (file,) = (tmp_path / "budgets").iterdir()
+    assert Budget.load(file) == better
+    observed(watch, better, {1: 1.0, 8: 2.2})
+    assert watch.kept_true(base, better) is better
+
+
+def test_a_machine_that_is_slower_throughout_and_forwards_of_long_ago_change_nothing():
+    base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
+    observed(watch, budget, {1: 3.0, 8: 3.2})
+    assert watch.kept_true(base, budget) is budget
+    observed(watch, budget, {64: 9.0}, times=30)
+    observed(watch, budget, {1: 1.0, 8: 1.1}, times=200)
+    assert watch.kept_true(base, budget) is budget
+
+
+def test_a_measured_budget_is_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppd_compose.measured.cache_folder", lambda: tmp_path)
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=60, do_sample=False)
+    model = compose(base, prompt_tokens())
+    for _ in range(2):
+        assert model.generate(prompt(), max_new_tokens=60, do_sample=False).tolist() == answer.tolist()
+    assert len(model.watch.latest) > 50
+
+
+def test_a_given_budget_is_never_corrected():
+    base, budget = tiny(), Budget((1, 64), (160,), ((1e-9, 1.0),))
+    model = compose(base, prompt_tokens(), budget=budget)
+    for _ in range(3):
+        model.generate(prompt(), max_new_tokens=100, do_sample=False)
+    assert model.budget is budget
+
+
+def test_correcting_scales_what_is_between_and_keeps_it_rising():
+    budget = Budget((1, 2, 4), (100, 200), ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0)))
+    assert budget.corrected({1: 1.0, 4: 2.0}).seconds == (
+        (1.0, pytest.approx(8 / 3), 6.0),
+        (2.0, pytest.approx(16 / 3), 12.0),
+    )
+    assert budget.corrected({1: 4.0, 4: 1.0}).seconds[0] == (3.0, 3.0, 3.0)

@@ -15,7 +15,7 @@ def step_over(evidence, trees, following):
     step = Step([5], 61, Budget.flat(8), 10)
     marked = [TokenTree.chain(5), *(tree.marked(1 << i) for i, tree in enumerate(trees))]
     tree = evidence.merge(step, marked)
-    step.ids, step.path, step.tree = [5, *following], [0] * len(following), tree
+    step.ids, step.path, step.tree = [5, *following], list(range(len(following))), tree
     evidence.observe(step)
     return tree
 
@@ -37,8 +37,33 @@ def test_weights_of_a_known_choice_are_found():
         features = dice.normal(size=(3, 2))
         chances = np.append(np.exp(features @ true), 1.0)
         happened = np.arange(3) == dice.choice(4, p=chances / chances.sum())
-        logit.learn(features, np.zeros(3, int), 1, happened)
+        logit.learn(features, np.zeros(3, int), happened)
     assert logit.weights == pytest.approx(true, abs=0.3)
+
+
+def test_sure_claims_that_were_right_never_make_it_diverge():
+    logit = ConditionalLogit(np.array([0.0, 1.0]), np.full(2, 4.0))
+    features = np.column_stack([np.ones(62), np.full(62, -9.0)])
+    for turn in range(40):
+        features[:, 1] = -9.0 if turn % 2 else 4.0
+        logit.learn(features, np.arange(62), np.ones(62, bool))
+        assert np.isfinite(logit.weights).all()
+        assert np.isfinite(logit.chances(features, np.arange(62))).all()
+    assert np.abs(logit.weights).max() < 20
+
+
+def test_of_a_token_that_was_right_but_not_verified_nothing_is_learnt_below():
+    evidence = Evidence(1)
+    before = evidence.learners[1].weights.copy()
+    for _ in range(50):
+        step_over(evidence, [TokenTree.chain(5, [10, 11], np.log([0.9, 0.9]))], [10])
+    assert evidence.learners[1].weights == pytest.approx(before)
+
+
+def test_impossible_claims_are_legal_and_never_believed():
+    tree = TokenTree.of([5, 10, 11], [-1, 0, 1], [0.0, -np.inf, -np.inf])
+    merged = step_over(Evidence(1), [tree], [10])
+    assert (np.exp(merged.log_probs[1:]) < 0.01).all()
 
 
 def test_claims_of_a_single_drafter_are_taken_as_they_are_at_first():

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, MalformedDraft, TokenTree, compose, hookimpl, hookspecs
+from ppd_compose.tree import row_depths
 
 HOOKS = [n for n, f in inspect.getmembers(hookspecs, inspect.isfunction) if hasattr(f, "ppd_compose_spec")]
 
@@ -176,6 +178,17 @@ def test_hook_extend():
     model, out = run(None, Oracle(right, depth=2, lie=99), Continues(), tokens=20)
     assert out[0].tolist() == answer(20)
     assert set(model.stats.accepted["continues"]) == {3}  # credit for what it added, not for what it continued
+
+    class Agrees:
+        name = "agrees"
+
+        @hookimpl
+        def extend(self, step, tree):
+            return replace(tree, sources=(row_depths(tree.parents) != 1).astype(np.int64))
+
+    model, out = run(None, Oracle(right, depth=2, lie=99), Continues(), Agrees(), tokens=20)
+    assert out[0].tolist() == answer(20)
+    assert set(model.stats.accepted["agrees"]) == {2}  # the root is nobody's
 
 
 def test_hook_append():

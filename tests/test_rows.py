@@ -1,12 +1,15 @@
 """Rows and drafters are bought only where they pay, and get another chance."""
 
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from tiny import Oracle, prompt, prompt_tokens, tiny
+from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, TokenTree, compose, hookimpl
+from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
 from ppd_compose.asking import TRIED, Asked
+from ppd_compose.worth import added
 
 STEEP = Budget((1, 64), (0,), ((1.0, 1.0 + 63 * 0.1),))
 
@@ -87,3 +90,48 @@ def test_with_rows_that_cost_nothing_everyone_is_asked(drafter):
     model.generate(prompt(), max_new_tokens=20, do_sample=False)
     assert set(model.stats.candidates) == {"oracle", "slow"}
     assert slow.asked == model.stats.forwards - 1
+
+
+def test_two_who_guess_the_same_are_not_both_put_to_rest():
+    """What each adds shows when the other is not asked."""
+    base, turns = tiny(), []
+    answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)
+
+    class Knows(Slow):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        @hookimpl
+        def propose(self, step):
+            time.sleep(0.002)
+            turns.append(self.name)
+            ahead = answer[0].tolist()[len(step.ids) : len(step.ids) + 1]
+            return TokenTree.chain(step.ids[-1], ahead, [-0.1] * len(ahead))
+
+    model = compose(base, Knows("one"), Knows("other"), budget=Budget((1, 64), (0,), ((0.02, 0.03),)))
+    for _ in range(4):
+        assert model.generate(prompt(), max_new_tokens=140, do_sample=False).tolist() == answer.tolist()
+    assert model.stats.tokens_per_forward > 1.4
+    assert len(turns) > 100
+
+
+def test_what_others_hang_below_a_guess_counts_for_it():
+    tree = TokenTree.of([5, 1, 2, 3], [-1, 0, 1, 2], np.log([1.0, 0.6, 0.5, 0.4]))
+    tree = replace(tree, sources=array(0, 1, 2, 2))
+    step = Step([5], 61, Budget.flat(8), 10, drafters=("one", "other"))
+    gained = added(step, tree, 0.05 * np.arange(1, 9))
+    assert gained == pytest.approx([0.6 + 0.5 + 0.4 - 0.15, 0.5 + 0.4 - 0.1])
+
+
+def test_a_fit_that_decides_now_and_then_does_not_confuse_the_default():
+    class Sometimes:
+        @hookimpl
+        def fit(self, step, tree, appended):
+            return (tree, appended) if step.index % 3 == 0 else None
+
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=100, do_sample=False)
+    drafters = [prompt_tokens(), Oracle(answer[0].tolist())]
+    model = compose(base, *drafters, budget=Budget((1, 8), (0,), ((0.01, 0.02),)), plugins=[Sometimes()])
+    assert model.generate(prompt(), max_new_tokens=100, do_sample=False).tolist() == answer.tolist()
