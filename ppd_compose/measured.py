@@ -53,7 +53,8 @@ class Watch:
     def observe(self, step: Step) -> None:
         """Compare one forward with the budget."""
         budget = step.budget
-        if step.index > 1 and step.rows <= budget.max_rows and len(step.ids) <= budget.contexts[-1]:
+        known = len(budget.contexts) == 1 or len(step.ids) <= budget.contexts[-1]
+        if step.index > 1 and step.rows <= budget.max_rows and known:
             told = float(budget.curve(len(step.ids))[step.rows - 1])
             nearest = min(budget.rows, key=lambda rows: abs(rows - step.rows))
             self.latest.append((nearest, step.seconds / told))
