@@ -14,18 +14,18 @@ from .tree import Appended, TokenTree
 
 
 class MalformedDraft(ValueError):
-    """A drafter returned something that cannot be verified."""
+    """A plugin returned something that cannot be verified."""
 
-    def __init__(self, drafter: str, fault: str) -> None:
-        super().__init__(f"drafter {drafter!r} returned a malformed draft: {fault}")
+    def __init__(self, who: str, fault: str) -> None:
+        super().__init__(f"{who} returned a malformed draft: {fault}")
 
 
-def check_tree(tree: object, drafter: str, root: int, vocab_size: int) -> TokenTree:
-    """Return `tree`, or raise `MalformedDraft` naming `drafter` and the first fault."""
+def check_tree(tree: object, who: str, root: int, vocab_size: int) -> TokenTree:
+    """Return `tree`, or raise `MalformedDraft` naming `who` returned it and the first fault."""
     if not isinstance(tree, TokenTree):
-        raise MalformedDraft(drafter, f"expected a TokenTree or None, got {type(tree).__name__}")
+        raise MalformedDraft(who, f"expected a TokenTree or None, got {type(tree).__name__}")
     for fault in chain(_array_faults(tree), _tree_faults(tree, root, vocab_size)):
-        raise MalformedDraft(drafter, fault)
+        raise MalformedDraft(who, fault)
     return tree
 
 
@@ -58,18 +58,19 @@ def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
 
 def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     """Return `appended`, or raise `MalformedDraft` naming `drafter` and the fault."""
+    who = f"drafter {drafter!r}"
     if not isinstance(appended, Appended):
-        raise MalformedDraft(drafter, f"append must return Appended or None, got {type(appended).__name__}")
+        raise MalformedDraft(who, f"append must return Appended or None, got {type(appended).__name__}")
     rows, size = np.arange(len(appended)), len(tree)
     sizes = {len(appended.kinds), len(appended.parents), len(appended.nodes), len(appended.gains)}
     if len(sizes) > 1:
-        raise MalformedDraft(drafter, f"appended arrays of different lengths: {sorted(sizes)}")
+        raise MalformedDraft(who, f"appended arrays of different lengths: {sorted(sizes)}")
     if ((appended.parents < 0) | (appended.parents >= size + rows)).any():
-        raise MalformedDraft(drafter, "an appended row must hang from a tree node or an earlier appended row")
+        raise MalformedDraft(who, "an appended row must hang from a tree node or an earlier appended row")
     if ((appended.nodes < 0) | (appended.nodes >= size)).any():
-        raise MalformedDraft(drafter, "an appended row names a node that the tree does not have")
+        raise MalformedDraft(who, "an appended row names a node that the tree does not have")
     if ((appended.kinds < 0) | (appended.kinds >= len(appended.embeddings))).any():
-        raise MalformedDraft(drafter, f"kinds must index the {len(appended.embeddings)} embeddings")
+        raise MalformedDraft(who, f"kinds must index the {len(appended.embeddings)} embeddings")
     if not (appended.gains >= 0).all():
-        raise MalformedDraft(drafter, "gains must be numbers of at least 0")
+        raise MalformedDraft(who, "gains must be numbers of at least 0")
     return appended

@@ -1,15 +1,13 @@
-"""The decoding loop: propose, merge, extend, append, fit, verify, accept, commit, observe.
+"""The decoding loop: draft, fit, verify, accept, commit, observe.
 
-Knows the order of a step and the invariant that `ids[-1]` is decided but never in the KV cache. Does not know any
-drafter, nor how `generate` prepared its arguments.
+Knows the order of a step and the invariant that `ids[-1]` is decided but never in the KV cache. How the drafters take
+part in drafting is `drafting`; how `generate` prepared its arguments is `generation`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 from .accept import Picker
 from .budget import Budget, wait
 from .cache import commit, recording
-from .check import check_appended, check_tree
+from .drafting import Drafting
 from .forward import forward_of
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
-from .tree import Appended, TokenTree, ancestors, shallow
+from .tree import Appended, TokenTree, ancestors
 from .verify import Context, Verified, states_of, states_wanted, verify
 
 
@@ -57,10 +55,7 @@ class Decoding:
         self.forward = forward_of(model)
         self.hook = plugins.hook
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
-        self.proposers = plugins.each_drafter("propose")
-        self.extenders = plugins.each_drafter("extend")
-        self.appenders = plugins.each_drafter("append")
-        self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
+        self.drafting = Drafting(plugins, stats)
         self.sequence = Growing(request.ids)
         vocab = model.config.get_text_config().vocab_size
         self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room, tuple(plugins.drafters))
@@ -109,7 +104,7 @@ class Decoding:
 
     def advance(self) -> None:
         """One step: draft, one forward, and take what the model says."""
-        tree, appended = self.fit(self.draft())
+        tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
         begin = time.perf_counter()
         with self.stats.stage("verify"):
             verified = verify(
@@ -128,62 +123,6 @@ class Decoding:
         with self.stats.stage("observe"):
             self.stats.count(self.step)
             self.hook.observe(step=self.step, logits=verified.logits)
-
-    def draft(self) -> TokenTree:
-        """What all drafters propose, merged into one tree, and extended."""
-        step = self.step
-        step.drafting = {
-            name: 0.0
-            for name, drafter in self.plugins.drafters.items()
-            if self.hook.ask(step=step, drafter=name) or self._answered(drafter)
-        }
-        trees = [TokenTree.chain(step.ids[-1])]
-        for name, _, propose in self.proposers:
-            trees += [made.marked(self.bits[name]) for made in self._asked("propose", name, propose)]
-        with self.stats.stage("merge"):
-            tree: TokenTree = self.hook.merge(step=step, trees=trees)
-        grown: list[TokenTree] = []
-        for name, _, extend in self.extenders:
-            made = self._asked("extend", name, partial(extend, tree=tree.marked(0)))
-            grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
-        if grown:
-            with self.stats.stage("merge"):
-                tree = self.hook.merge(step=step, trees=[*trees, *grown])
-        return tree
-
-    def _answered(self, drafter: Any) -> bool:
-        """Whether rows that it appended were verified below the last accepted node."""
-        answer = self.step.answers.get(drafter)
-        return answer is not None and len(answer.kinds) > 0
-
-    def _asked(self, hook: str, name: str, call: Callable[..., list[TokenTree]]) -> list[TokenTree]:
-        """What the drafter of that name drafts, if it is its turn."""
-        if name not in self.step.drafting:
-            return []
-        begin = time.perf_counter()
-        with self.stats.stage(f"{hook} {name}"):
-            made = self._checked(name, call(step=self.step))
-        self.step.drafting[name] += time.perf_counter() - begin
-        return made
-
-    def _checked(self, name: str, trees: Sequence[TokenTree]) -> list[TokenTree]:
-        root, vocab = self.step.ids[-1], self.step.vocab_size
-        return [check_tree(tree, name, root, vocab) for tree in trees]
-
-    def fit(self, tree: TokenTree) -> tuple[TokenTree, dict[Any, Appended]]:
-        """Ask for appended rows, and cut tree and rows to the budget."""
-        appended: dict[Any, Appended] = {}
-        for name, drafter, append in self.appenders:
-            with self.stats.stage(f"append {name}"):
-                for rows in append(step=self.step, tree=tree):
-                    appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
-        with self.stats.stage("fit"):
-            # A row deeper than the room left can never be used, and may lie beyond the model's last position.
-            blocks: Sequence[Appended] = list(appended.values())
-            if self.step.room <= self.step.budget.max_rows:
-                tree, blocks = shallow(tree, blocks, self.step.room - 1)
-            tree, cut = self.hook.fit(step=self.step, tree=tree, appended=blocks)
-        return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
 
     def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
         """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""

@@ -124,23 +124,46 @@ class Boaster:
         return TokenTree.chain(step.ids[-1], tokens.tolist(), [-0.1] * len(tokens))
 
 
+def test_claims_of_many_siblings_that_add_up_to_more_than_one_are_put_right():
+    merged = step_over(Evidence(2), [children(*[0.5] * 300), children(*[0.9] * 300)], [10])
+    chances = np.exp(merged.log_probs[1:])
+    assert chances.sum() <= 1 + 1e-9
+    assert (chances > 0).all()
+
+
 def test_expected_tokens_are_those_that_come():
-    expected, came = [], []
-
-    class Counts:
-        @hookimpl
-        def observe(self, step):
-            if step.index > 1:
-                expected.append(np.exp(step.tree.log_probs).sum())
-                came.append(len(step.path))
-
     base = tiny()
     answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)[0].tolist()
-    model = compose(base, prompt_tokens(), Boaster(answer), budget=16, plugins=[Counts()])
+    model, told = compose(base, prompt_tokens(), Boaster(answer), budget=16), []
     for _ in range(12):
         model.generate(prompt(), max_new_tokens=140, do_sample=False)
-    assert len(came) > 500
-    assert sum(expected[200:]) == pytest.approx(sum(came[200:]), rel=0.05)
+        told.append(model.stats)
+    assert sum(stats.forwards for stats in told) > 500
+    expected, came = (sum(getattr(stats, name) for stats in told[3:]) for name in ("expected", "tokens"))
+    assert expected == pytest.approx(came, rel=0.05)
+
+
+def test_what_was_learnt_in_one_generation_serves_the_next_and_no_other_composition():
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)[0].tolist()
+
+    def first_claim(model):
+        claims = []
+
+        class Sees:
+            @hookimpl
+            def fit(self, step, tree):
+                claims.append(float(np.exp(tree.log_probs[1])) if len(tree) > 1 else None)
+
+        model.plugins.manager.register(Sees())
+        model.generate(prompt(), max_new_tokens=140, do_sample=False)
+        return claims[0]
+
+    model, other = (compose(base, Boaster(answer), budget=16) for _ in range(2))
+    boast = first_claim(model)
+    assert boast == pytest.approx(np.exp(-0.1))
+    assert first_claim(model) < 0.7
+    assert first_claim(other) == pytest.approx(boast)
 
 
 def test_alternatives_take_the_place_of_the_defaults():

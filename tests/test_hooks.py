@@ -288,6 +288,16 @@ def test_a_malformed_tree_names_the_drafter_and_the_fault(fault, message):
     assert len(base.generate(prompt(), max_new_tokens=3, do_sample=False)[0]) == 15
 
 
+def test_a_merge_that_returns_no_tree_is_named():
+    class Reversed:
+        @hookimpl
+        def merge(self, trees):
+            return replace(trees[-1], parents=trees[-1].parents[::-1])
+
+    with pytest.raises(MalformedDraft, match="^merge returned a malformed draft: row 0 must be the root"):
+        run(None, Oracle(answer()), plugins=[Reversed()])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

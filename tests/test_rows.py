@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose import Appended, Budget, Step, TokenTree, compose, hookimpl
 from ppd_compose.asking import TRIED, Asked
 from ppd_compose.worth import added
 
@@ -29,6 +29,40 @@ def test_prompt_tokens_that_break_their_promises_are_bought_less_often_and_not_n
     later = rows[len(rows) // 2 :]
     assert any(count > 1 for count in later)
     assert sum(later) / len(later) < 3
+
+
+class Rides:
+    """Appends one row below the root, promises `gain` for it, and proposes what `answer` says next when it is `good`."""
+
+    def __init__(self, name, model, answer, good):
+        self.name, self.answer, self.good = name, answer, good
+        self.embedding = model.get_input_embeddings().weight[:1].detach()
+        self.rode = 0
+
+    @hookimpl
+    def propose(self, step):
+        told = step.answers.get(self)
+        if told is None or not len(told.kinds):
+            return None
+        self.rode += 1
+        token = self.answer[len(step.ids)] if len(step.ids) < len(self.answer) else 0
+        return TokenTree.chain(step.ids[-1], [token if self.good else (token + 1) % 61], [-0.4])
+
+    @hookimpl
+    def append(self, tree):
+        nodes = np.arange(len(tree))
+        return Appended(self.embedding, 0 * nodes, nodes, nodes, 0.5 * tree.stop_chances())
+
+
+def test_of_two_that_append_rows_the_one_that_keeps_its_promises_rides_along():
+    base = tiny()
+    answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)
+    good, bad = (Rides(name, base, answer[0].tolist(), name == "good") for name in ("good", "bad"))
+    # A root, a guess and one row; with more room forwards of four rows would carry the bad one for nothing.
+    model = compose(base, good, bad, budget=Budget((1, 3), (0,), ((1.0, 1.2),)))
+    for _ in range(3):
+        assert model.generate(prompt(), max_new_tokens=140, do_sample=False).tolist() == answer.tolist()
+    assert good.rode > 2 * bad.rode > 0
 
 
 def test_a_drafter_that_does_not_pay_takes_a_hundredth_of_the_time_until_it_pays():

@@ -1,0 +1,76 @@
+"""The first half of a step: who is asked, what all propose, merged, extended and fitted into one forward.
+
+Knows the drafters' names, bits and turns. Does not know the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from .check import check_appended, check_tree
+from .plugins import Plugins
+from .stats import Stats
+from .step import Step
+from .tree import Appended, TokenTree, shallow
+
+
+class Drafting:
+    """Calls the drafting hooks of `plugins` in order, checks what they return, and books their seconds."""
+
+    def __init__(self, plugins: Plugins, stats: Stats) -> None:
+        self.plugins, self.stats, self.hook = plugins, stats, plugins.hook
+        self.proposers = plugins.each_drafter("propose")
+        self.extenders = plugins.each_drafter("extend")
+        self.appenders = plugins.each_drafter("append")
+        self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
+
+    def draft(self, step: Step) -> TokenTree:
+        """What all drafters propose, merged into one tree, and extended."""
+        step.drafting = {name: 0.0 for name in self.plugins.drafters if self._takes_part(step, name)}
+        trees = [TokenTree.chain(step.ids[-1])]
+        for name, _, propose in self.proposers:
+            trees += [made.marked(self.bits[name]) for made in self._asked(step, "propose", name, propose)]
+        tree = self._merged(step, trees)
+        grown: list[TokenTree] = []
+        for name, _, extend in self.extenders:
+            made = self._asked(step, "extend", name, partial(extend, tree=tree.marked(0)))
+            grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
+        return self._merged(step, [*trees, *grown]) if grown else tree
+
+    def fit(self, step: Step, tree: TokenTree) -> tuple[TokenTree, dict[Any, Appended]]:
+        """Ask for appended rows, and cut tree and rows to the budget."""
+        appended: dict[Any, Appended] = {}
+        for name, drafter, append in self.appenders:
+            with self.stats.stage(f"append {name}"):
+                for rows in append(step=step, tree=tree):
+                    appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
+        with self.stats.stage("fit"):
+            # A row deeper than the room left can never be used, and may lie beyond the model's last position.
+            blocks: Sequence[Appended] = list(appended.values())
+            if step.room <= step.budget.max_rows:
+                tree, blocks = shallow(tree, blocks, step.room - 1)
+            tree, cut = self.hook.fit(step=step, tree=tree, appended=blocks)
+        return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
+
+    def _takes_part(self, step: Step, name: str) -> bool:
+        """Whether it is that drafter's turn, or rows that it appended were verified below the last accepted node."""
+        answer = step.answers.get(self.plugins.drafters[name])
+        return bool(self.hook.ask(step=step, drafter=name)) or (answer is not None and len(answer.kinds) > 0)
+
+    def _asked(self, step: Step, hook: str, name: str, call: Callable[..., list[TokenTree]]) -> list[TokenTree]:
+        """What the drafter of that name drafts, if it takes part."""
+        if name not in step.drafting:
+            return []
+        begin = time.perf_counter()
+        with self.stats.stage(f"{hook} {name}"):
+            made = [check_tree(tree, f"drafter {name!r}", step.ids[-1], step.vocab_size) for tree in call(step=step)]
+        step.drafting[name] += time.perf_counter() - begin
+        return made
+
+    def _merged(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
+        with self.stats.stage("merge"):
+            return check_tree(self.hook.merge(step=step, trees=trees), "merge", step.ids[-1], step.vocab_size)
