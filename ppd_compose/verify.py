@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.utils import output_capturing
 
 from .forward import Forward
 from .mask import layered_mask
@@ -74,7 +75,9 @@ def verify(
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments of a forward that gives the hidden states of `layers`, and on newer transformers no others."""
-    return {"output_hidden_states": list(layers)} if layers else {}
+    # Versions between 5.16 and 5.23 take a list too, and number its layers otherwise.
+    selects = hasattr(output_capturing, "resolve_hidden_states_indices")
+    return {"output_hidden_states": list(layers) if selects else True} if layers else {}
 
 
 def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -294,7 +294,7 @@ def test_a_merge_that_returns_no_tree_is_named():
         def merge(self, trees):
             return replace(trees[-1], parents=trees[-1].parents[::-1])
 
-    with pytest.raises(MalformedDraft, match="^merge returned a malformed draft: row 0 must be the root"):
+    with pytest.raises(MalformedDraft, match=r"^merge returned a malformed draft: row 0 must be the root"):
         run(None, Oracle(answer()), plugins=[Reversed()])
 
 

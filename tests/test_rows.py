@@ -32,7 +32,7 @@ def test_prompt_tokens_that_break_their_promises_are_bought_less_often_and_not_n
 
 
 class Rides:
-    """Appends one row below the root, promises `gain` for it, and proposes what `answer` says next when it is `good`."""
+    """Appends a row below each node, and below which it was accepted proposes what `answer` says next, if `good`."""
 
     def __init__(self, name, model, answer, good):
         self.name, self.answer, self.good = name, answer, good
