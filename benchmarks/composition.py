@@ -90,7 +90,7 @@ def variants(names: Sequence[str]) -> Iterator[tuple[str, list[Any], list[Any]]]
     yield from ((name, [load_drafter(name)], []) for name in names)
     yield "all", fresh(), []
     yield "all, highest claim", fresh(), [HighestClaim()]
-    yield "all, weights not learnt", fresh(), [Unlearnt(len(names))]
+    yield "all, weights not learnt", fresh(), [Unlearnt(names)]
     yield "all, promises believed", fresh(), [Trusting()]
     yield "all, always asked", fresh(), [AlwaysAsk()]
     if "recycling" in names:

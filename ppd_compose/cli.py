@@ -169,3 +169,32 @@ def bench(
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")
     print(text)
+
+
+@app.command()
+def profile(
+    base: BaseOption = "demo",
+    drafters: ListingOption = "ppd",
+    questions: QuestionsOption = None,
+    max_new_tokens: LengthOption = 64,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    packed: PackedOption = False,
+    compile: CompileOption = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept in the user's cache.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the curves there: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Measure what forwards cost by rows and context and what a step takes; the last line is JSON."""
+    from . import profile as profiling
+    from .bench import questions_from
+    from .compose import compose
+    from .prompts import read_prompts
+
+    loaded = load_base(base, dtype, device)
+    model = compose(loaded.model, *drafters_of(drafters), packed=packed, compile=compile)
+    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, 1)
+    told = profiling.profile(model, asked, max_new_tokens, again, command_line())
+    profiling.show(told, console)
+    if plot is not None:
+        profiling.plot(told, plot)
+    print(json.dumps(told))

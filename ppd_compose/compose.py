@@ -20,7 +20,7 @@ from .forward import chosen
 from .generation import Composed
 from .mask import refuse_attention
 from .measured import Watch
-from .plugins import Plugins
+from .plugins import Plugins, name_of
 from .refuse import refuse_base
 from .rows import BestRows
 from .stats import Stats
@@ -33,6 +33,7 @@ def compose(
     plugins: Sequence[Any] = (),
     packed: bool = False,
     compile: bool = False,
+    calibration: str | Path | None = None,
 ) -> Any:
     """Return a model that generates the tokens of `base`, several in one forward.
 
@@ -47,20 +48,22 @@ def compose(
             up to rounding, sooner, for as much memory again as those weights.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`.
+        calibration: a file that `save_calibration` of a composition of the same drafters wrote: how far their claims
+            can be believed. Learnt anew while decoding when None.
 
     Returns:
         An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
 
     Raises:
         TypeError: `base` is no transformers model, or an object implements no or an unknown hook.
-        ValueError: the base cannot verify a candidate tree, a drafter was made for another base, or weights cannot be
-            packed where the base is.
+        ValueError: the base cannot verify a candidate tree, a drafter was made for another base, weights cannot be
+            packed where the base is, or the calibration is that of other drafters.
     """
     refuse_base(base)
     refuse_attention(base)
     watch = Watch() if budget is None else None
     others = plugins if watch is None else [*plugins, watch]
-    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], others)
+    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], others, calibration)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.forwards = chosen(model, base, packed, compile)
@@ -69,9 +72,11 @@ def compose(
     return model
 
 
-def composition(drafters: Sequence[Any], plugins: Sequence[Any]) -> Plugins:
+def composition(drafters: Sequence[Any], plugins: Sequence[Any], calibration: str | Path | None = None) -> Plugins:
     """All plugins of a composed model: those given, and the defaults, which come last where one result counts."""
-    return Plugins(drafters, [*plugins, Evidence(len(drafters)), MatchPicks(), BestRows()])
+    names = [name_of(drafter) for drafter in drafters]
+    evidence = Evidence(names) if calibration is None else Evidence.load(Path(calibration), names)
+    return Plugins(drafters, [*plugins, evidence, MatchPicks(), BestRows()])
 
 
 def _sharing(base: PreTrainedModel) -> Any:

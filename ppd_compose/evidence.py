@@ -5,14 +5,18 @@ Knows what drafters claimed and what the model said. Does not know budgets.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from .hookspecs import hookimpl
 from .logit import ConditionalLogit
+from .sources import read_object
 from .step import Step
+from .storage import write_text
 from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
@@ -43,22 +47,48 @@ class Evidence:
     nodes, of which the model told which one was right.
 
     Args:
-        drafters: how many there are.
+        drafters: their names; the i-th is the i-th bit of a node's sources.
     """
 
     name = "evidence"
 
-    def __init__(self, drafters: int) -> None:
-        weights, holds = (AMONG, AMONG_HOLDS) if drafters > 1 else (ALONE, ALONE_HOLDS)
-        prior = np.append(np.tile(weights, drafters), 0.0)
+    def __init__(self, drafters: Sequence[str]) -> None:
+        weights, holds = (AMONG, AMONG_HOLDS) if len(drafters) > 1 else (ALONE, ALONE_HOLDS)
+        prior = np.append(np.tile(weights, len(drafters)), 0.0)
         self.learners = [ConditionalLogit(prior, np.full(prior.shape, holds)) for _ in range(DEPTHS)]
-        self.drafters = drafters
+        self.drafters = tuple(drafters)
+
+    def save(self, path: Path) -> None:
+        """Write what was learnt, as JSON."""
+        learnt = [{"weights": x.weights.tolist(), "information": x.information.tolist()} for x in self.learners]
+        write_text(path, json.dumps({"drafters": self.drafters, "learnt": learnt}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, drafters: Sequence[str]) -> Evidence:
+        """Go on from what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or was learnt with other drafters.
+        """
+        evidence, told = cls(drafters), read_object(path)
+        if told.get("drafters") != list(drafters):
+            raise ValueError(
+                f"{path} was learnt with drafters {told.get('drafters')}, this composition has {list(drafters)}: "
+                "compose the same ones in the same order, or leave calibration out"
+            )
+        try:
+            for learner, learnt in zip(evidence.learners, told["learnt"], strict=True):
+                learner.restore(np.asarray(learnt["weights"], float), np.asarray(learnt["information"], float))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no calibration that was saved by this version: {error}") from None
+        return evidence
 
     @hookimpl(trylast=True)
     def merge(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
         """Every path of every drafter once, with the pooled chance of the whole path."""
         tokens, parents, places = joined(trees)
-        claims, sources = np.full((len(tokens), self.drafters), np.nan), np.zeros(len(tokens), np.int64)
+        claims, sources = np.full((len(tokens), len(self.drafters)), np.nan), np.zeros(len(tokens), np.int64)
         for tree, at in zip(trees, places, strict=True):
             mine = np.flatnonzero(tree.sources)
             if len(mine):

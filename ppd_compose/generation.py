@@ -6,6 +6,7 @@ Knows what transformers hands to a custom loop and what it drops on the way. Doe
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .accept import Picker
 from .budget import Budget
 from .decode import Decoding, Request
+from .evidence import Evidence
 from .forward import Forward
 from .measured import Watch, measured_budget
 from .plugins import Plugins
@@ -75,6 +77,14 @@ class Composed:
         """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait."""
         ids = torch.zeros(1, 19, dtype=torch.long, device=self.device)
         self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+
+    def save_calibration(self, path: str | Path) -> None:
+        """Write how far the drafters' claims can be believed, as learnt so far: for `compose(..., calibration=path)`.
+
+        Holds a few numbers for each drafter, and nothing of what was decoded.
+        """
+        learnt: Any = self.plugins.manager.get_plugin(Evidence.name)
+        learnt.save(Path(path))
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None

@@ -31,6 +31,17 @@ class ConditionalLogit:
         self.held = np.diag(information)
         self.information = self.held.copy()
 
+    def restore(self, weights: Floats, information: Floats) -> None:
+        """Go on from these `weights` `[features]` and `information` `[features, features]`, once learnt by another.
+
+        Raises `ValueError` when they are of other features, or no numbers.
+        """
+        if weights.shape != self.weights.shape or information.shape != self.information.shape:
+            raise ValueError(f"weights {weights.shape} of information {information.shape}, not {self.weights.shape}")
+        if not (np.isfinite(weights).all() and np.linalg.eigvalsh(information).min() > -STEADY):
+            raise ValueError("weights that are no numbers, or information that is not positive")
+        self.weights, self.information = weights, information
+
     def chances(self, features: Floats, group: Ints) -> Floats:
         """Chance of each alternative `[alternatives]`, given those of the same choice.
 

@@ -27,10 +27,10 @@ LATEST = 300  # forwards that are compared: no more, as the machine may have bee
 TOLERANCE = 1.2  # ratio of two sizes' disagreements from which the budget is corrected
 
 
-def measured_budget(model: PreTrainedModel) -> Budget:
-    """Load the budget of `model` on this device, or measure and keep it."""
+def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:
+    """Load the budget of `model` on this device, or measure and keep it, `again` even where there is one."""
     path = _path(model)
-    if path.exists():
+    if path.exists() and not again:
         return Budget.load(path)
     budget = Budget.measure(model)
     budget.save(path)

@@ -80,7 +80,7 @@ class Plugins:
     def _register(self, plugin: Any) -> str:
         if isinstance(plugin, type):
             raise TypeError(f"{plugin.__name__} is a class: pass an instance of it")
-        name = str(getattr(plugin, "name", None) or type(plugin).__name__)
+        name = name_of(plugin)
         if self.manager.has_plugin(name) and self.manager.get_plugin(name) is not plugin:
             raise ValueError(f"two plugins are named {name!r}: set the `name` of one of them to something else")
         try:
@@ -92,6 +92,11 @@ class Plugins:
         if not self.hooks_of(plugin):
             raise TypeError(f"{name!r} implements no hook: mark its methods with ppd_compose.hookimpl")
         return name
+
+
+def name_of(plugin: Any) -> str:
+    """Its `name`, or that of its class."""
+    return str(getattr(plugin, "name", None) or type(plugin).__name__)
 
 
 def installed(group: str = DRAFTERS) -> dict[str, Any]:

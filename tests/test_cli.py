@@ -41,7 +41,7 @@ def options(place):
 
 
 def test_every_command_has_help():
-    for words in ([], ["train"], ["train", "ppd"], ["demo"], ["generate"], ["bench"], ["plugins"]):
+    for words in ([], ["train"], ["train", "ppd"], ["demo"], ["generate"], ["bench"], ["plugins"], ["profile"]):
         told = invoke(*words, "--help")
         assert told.exit_code == 0
         assert "Usage" in told.stdout
@@ -100,6 +100,39 @@ def test_bench_takes_its_own_questions_in_six_categories():
 
     categories = [p.category for p in read_prompts(QUESTIONS)]
     assert set(categories) == {"mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"}
+
+
+def test_profile_tells_what_forwards_and_drafters_take_and_keeps_the_budget(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path / "home"))
+    words = [
+        "profile", *options(place), "--questions", place / "prompts.jsonl", "--drafters", "lookup",
+        "--max-new-tokens", 12,
+    ]  # fmt: skip
+    first, kept = (json.loads(invoke(*words).stdout.splitlines()[-1]) for _ in range(2))
+    assert first["budget"] == kept["budget"]
+    assert first["budget"]["rows"][0] == 1
+    assert {"verify", "propose lookup"} <= set(first["milliseconds_per_step"])
+    anew = json.loads(invoke(*words, "--again").stdout.splitlines()[-1])
+    assert anew["budget"] != kept["budget"]
+    assert len(list((tmp_path / "home" / "budgets").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_profile_draws_the_curves(place, tmp_path, kind):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"curves.{kind}"
+    invoke("profile", *options(place), "--questions", place / "prompts.jsonl", "--drafters", "none", "--plot", picture)
+    assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+
+
+def test_profile_without_matplotlib_says_what_to_install(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RuntimeError, match="pip install matplotlib"):
+        invoke(
+            "profile", *options(place), "--questions", place / "prompts.jsonl", "--drafters", "none",
+            "--plot", tmp_path / "curves.svg",
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*curves*"))
 
 
 def test_plugins_lists_hooks(place):

@@ -53,7 +53,7 @@ def test_sure_claims_that_were_right_never_make_it_diverge():
 
 
 def test_of_a_token_that_was_right_but_not_verified_nothing_is_learnt_below():
-    evidence = Evidence(1)
+    evidence = Evidence(["one"])
     before = evidence.learners[1].weights.copy()
     for _ in range(50):
         step_over(evidence, [TokenTree.chain(5, [10, 11], np.log([0.9, 0.9]))], [10])
@@ -62,26 +62,26 @@ def test_of_a_token_that_was_right_but_not_verified_nothing_is_learnt_below():
 
 def test_impossible_claims_are_legal_and_never_believed():
     tree = TokenTree.of([5, 10, 11], [-1, 0, 1], [0.0, -np.inf, -np.inf])
-    merged = step_over(Evidence(1), [tree], [10])
+    merged = step_over(Evidence(["one"]), [tree], [10])
     assert (np.exp(merged.log_probs[1:]) < 0.01).all()
 
 
 def test_claims_of_a_single_drafter_are_taken_as_they_are_at_first():
     tree = TokenTree.of([5, 1, 2, 3], [-1, 0, 0, 1], np.log([1.0, 0.5, 0.3, 0.2]))
-    merged = step_over(Evidence(1), [tree], [])
+    merged = step_over(Evidence(["one"]), [tree], [])
     assert merged.tokens.tolist() == [5, 1, 2, 3]
     assert np.exp(merged.log_probs) == pytest.approx([1.0, 0.5, 0.3, 0.2])
 
 
 def test_a_drafter_that_boasts_is_believed_less():
-    evidence, dice = Evidence(1), np.random.default_rng(0)
+    evidence, dice = Evidence(["one"]), np.random.default_rng(0)
     for _ in range(200):
         merged = step_over(evidence, [children(0.9)], [10 if dice.random() < 0.3 else 20])
     assert chance(merged, 10) == pytest.approx(0.3, abs=0.1)
 
 
 def test_two_who_agree_are_believed_more_than_either():
-    evidence, dice = Evidence(2), np.random.default_rng(0)
+    evidence, dice = Evidence(["one", "other"]), np.random.default_rng(0)
     for _ in range(400):
         right = int(dice.integers(10, 13))
         told = [right if dice.random() < 0.6 else int(dice.integers(10, 13)) for _ in range(2)]
@@ -98,13 +98,13 @@ def test_chances_of_siblings_never_add_up_to_more_than_one():
     dice = np.random.default_rng(0)
     for _ in range(20):
         trees = [children(*dice.dirichlet(np.ones(4))) for _ in range(3)]
-        merged = step_over(Evidence(3), trees, [])
+        merged = step_over(Evidence(["one", "other", "third"]), trees, [])
         assert np.exp(merged.log_probs[1:]).sum() <= 1 + 1e-9
         assert (merged.stop_chances() >= 0).all()
 
 
 def test_an_extender_adds_evidence_for_nodes_that_it_marks():
-    evidence, step = Evidence(2), Step([5], 61, Budget.flat(8), 10)
+    evidence, step = Evidence(["one", "other"]), Step([5], 61, Budget.flat(8), 10)
     alone = evidence.merge(step, [TokenTree.chain(5), children(0.3, 0.3).marked(1)])
     agreed = evidence.merge(step, [TokenTree.chain(5), children(0.3, 0.3).marked(1), children(0.8).marked(2)])
     assert chance(agreed, 10) > chance(alone, 10) > chance(agreed, 11)
@@ -125,7 +125,7 @@ class Boaster:
 
 
 def test_claims_of_many_siblings_that_add_up_to_more_than_one_are_put_right():
-    merged = step_over(Evidence(2), [children(*[0.5] * 300), children(*[0.9] * 300)], [10])
+    merged = step_over(Evidence(["one", "other"]), [children(*[0.5] * 300), children(*[0.9] * 300)], [10])
     chances = np.exp(merged.log_probs[1:])
     assert chances.sum() <= 1 + 1e-9
     assert (chances > 0).all()
@@ -143,7 +143,7 @@ def test_expected_tokens_are_those_that_come():
     assert expected == pytest.approx(came, rel=0.05)
 
 
-def test_what_was_learnt_in_one_generation_serves_the_next_and_no_other_composition():
+def test_what_was_learnt_serves_the_next_generation_and_another_composition_by_file_only(tmp_path):
     base = tiny()
     answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)[0].tolist()
 
@@ -164,6 +164,33 @@ def test_what_was_learnt_in_one_generation_serves_the_next_and_no_other_composit
     assert boast == pytest.approx(np.exp(-0.1))
     assert first_claim(model) < 0.7
     assert first_claim(other) == pytest.approx(boast)
+    model.save_calibration(tmp_path / "calibration.json")
+    believed = first_claim(compose(base, Boaster(answer), budget=16, calibration=tmp_path / "calibration.json"))
+    assert believed == pytest.approx(first_claim(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda told: "[]", "an object was expected"),
+        (lambda told: told.replace("Boaster", "Other"), r"learnt with drafters \['Other'\], this composition has"),
+        (lambda told: told.replace('"learnt"', '"lost"'), "is no calibration"),
+        (lambda told: told[:-30], "JSON"),
+        (lambda told: told.replace('"weights": [', '"weights": [1.0, '), "is no calibration"),
+        (
+            lambda told: told.replace('"weights": [', '"weights": [NaN, ').replace(", 0.0], ", "], "),
+            "is no calibration",
+        ),
+    ],
+)
+def test_a_file_that_is_no_calibration_of_these_drafters_is_refused(change, message, tmp_path):
+    compose(tiny(), Boaster([]), budget=16).save_calibration(path := tmp_path / "calibration.json")
+    compose(tiny(), Boaster([]), budget=16, calibration=path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        compose(tiny(), Boaster([]), budget=16, calibration=path)
+    with pytest.raises(FileNotFoundError):
+        compose(tiny(), Boaster([]), budget=16, calibration=tmp_path / "none.json")
 
 
 def test_alternatives_take_the_place_of_the_defaults():
