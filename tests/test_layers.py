@@ -12,11 +12,11 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
-    "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
-    "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "decode",
-    "refuse", "generation", "compose", "testing", "adapter", "top", "prompt", "prompts", "replies", "loop",
+    "budget", "logit", "sources", "evidence", "worth", "asking", "rows", "alternatives",
+    "accept", "plugins", "shipped", "drafters", "stats", "measured", "drafting", "decode",
+    "refuse", "generation", "compose", "testing", "adapter", "top", "prompt", "offline", "prompts", "replies", "loop",
     "states", "distill", "train", "card", "train_job", "environment", "demo_base", "loading", "options",
-    "bench", "bench_job", "answer", "demo", "train_command", "cli", "__main__",
+    "bench", "bench_job", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 
