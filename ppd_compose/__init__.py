@@ -5,6 +5,7 @@ from .check import MalformedDraft
 from .compose import compose
 from .drafters import load_drafter
 from .hookspecs import hookimpl
+from .peft_method import PPDConfig
 from .prompt import PromptTokens
 from .stats import Stats
 from .step import Answer, Step
@@ -15,6 +16,7 @@ __all__ = [
     "Appended",
     "Budget",
     "MalformedDraft",
+    "PPDConfig",
     "PromptTokens",
     "Stats",
     "Step",

@@ -27,10 +27,10 @@ SUFFIX = "ppd_embeddings"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the files hold: rows `[n, v, hidden]` float32, accuracies `[n][rank]`, and the base they belong to."""
+    """What the files hold: rows `[n, v, hidden]` float32, accuracies `[n][rank]` where they are known, and the base."""
 
     embeddings: Tensor
-    accuracy: list[list[float]]
+    accuracy: list[list[float]] | None
     identity: Identity
 
 
@@ -59,14 +59,16 @@ def write_adapter(
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def read_adapter(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Adapter:
+def read_adapter(
+    source: str | Path, *, revision: str | None = None, token: str | None = None, subfolder: str = ""
+) -> Adapter:
     """Read the files of a folder or a Hub repository.
 
     Raises:
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
         ValueError: a file is damaged, of another kind, or disagrees with the other.
     """
-    folder = folder_of(source, [CONFIG, TENSORS, CARD], f"{CONFIG} and {TENSORS}", revision, token)
+    folder = folder_of(source, [CONFIG, TENSORS, CARD], f"{CONFIG} and {TENSORS}", revision, token, subfolder)
     n, v, accuracy, identity = _fields(folder / CONFIG, _read_config(folder / CONFIG))
     rows = _read_rows(folder)
     if rows.shape != (n * v, identity.hidden_size):
@@ -88,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[float]], Identity]:
+def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[float]] | None, Identity]:
     try:
         n, v = config["num_prompt_tokens"], config["ensemble"]
         accuracy, identity = config["accuracy"], Identity(**config["base"])

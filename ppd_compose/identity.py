@@ -38,6 +38,11 @@ class Identity:
             name = Path(name).name  # a folder of one machine tells nobody else anything
         return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and hidden size, which prompt tokens and base must share."""
+        return self.vocab_size, self.hidden_size
+
     def warn_of_other_weights(self, base: Identity, what: str) -> None:
         """Warn when `base` is not the one that `what` learnt from, though of the same shapes."""
         if base.fingerprint != self.fingerprint:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import Adapter, read_adapter, write_adapter
 from .hookspecs import hookimpl
 from .identity import Identity
+from .peft_method import adapter_in
 from .step import Answer, Step
 from .top import best_tokens
 from .tree import Appended, Floats, TokenTree
@@ -64,10 +65,27 @@ class PromptTokens:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+        cls,
+        source: str | Path | nn.Module,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        subfolder: str = "",
+        adapter_name: str | None = None,
     ) -> PromptTokens:
-        """Load an adapter from a folder or the Hub; see `adapter.read_adapter` for what is refused."""
-        adapter = read_adapter(source, revision=revision, token=token)
+        """Load an adapter; see `adapter.read_adapter` for what is refused.
+
+        Args:
+            source: a folder, a Hub id, or a model that PEFT put prompt tokens on.
+            revision: branch, tag or commit of a Hub repository.
+            token: of the Hub; None takes the one that was stored at login.
+            subfolder: of the folder or repository.
+            adapter_name: which adapter of a model; None takes the active one.
+        """
+        if isinstance(source, nn.Module):
+            adapter = adapter_in(source, adapter_name)
+        else:
+            adapter = read_adapter(source, revision=revision, token=token, subfolder=subfolder)
         return cls(adapter.embeddings, adapter.accuracy, adapter.identity)
 
     @staticmethod

@@ -7,25 +7,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 
 def folder_of(
-    source: str | Path, patterns: Sequence[str], holding: str, revision: str | None = None, token: str | None = None
+    source: str | Path,
+    patterns: Sequence[str],
+    holding: str,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str = "",
 ) -> Path:
-    """`source` itself when it is a folder, else the folder that its files of these `patterns` were fetched to.
+    """`source` itself when it is a folder, else the folder that its files of these `patterns` were fetched to; of
+    either the `subfolder`.
 
-    Raises `FileNotFoundError`, which says what a folder must be `holding`, when `source` cannot be a Hub id either.
+    Raises:
+        FileNotFoundError: `source` cannot be a Hub id either; says what a folder must be `holding`.
+        ValueError: `subfolder` leads out of it.
     """
-    folder, name = Path(source), str(source)
+    folder, name, inner = Path(source), str(source), PurePosixPath(subfolder)
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(f"subfolder {subfolder!r} leads out of {name}: name one inside")
     if folder.is_dir():
-        return folder
+        return folder / inner
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise FileNotFoundError(f"{name} is no folder: give a folder with {holding}, or a Hub id")
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(patterns)))
+    wanted = [str(inner / pattern) for pattern in patterns]
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted)) / inner
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
     "budget", "logit", "sources", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "drafters", "stats", "measured", "drafting", "decode",
-    "refuse", "generation", "compose", "testing", "adapter", "top", "prompt", "offline", "prompts", "replies", "loop",
+    "refuse", "generation", "compose", "testing", "adapter", "peft_method", "top",
+    "prompt", "offline", "prompts", "replies", "loop",
     "states", "distill", "train", "card", "train_job", "environment", "demo_base", "loading", "options",
     "bench", "bench_job", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
