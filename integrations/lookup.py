@@ -39,6 +39,7 @@ class PromptLookup:
         if min(size, depth, shortest) < 1:
             raise ValueError(f"size, depth and shortest must be at least 1, got {size}, {depth} and {shortest}")
         self.size, self.depth, self.shortest = size, depth, shortest
+        self.settings = {"size": size, "depth": depth, "shortest": shortest}
 
     @hookimpl
     def start(self, step: Step) -> None:

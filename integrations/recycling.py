@@ -40,6 +40,7 @@ class TokenRecycling:
         if min(width, depth) < 1 or not 0 < least < 1:
             raise ValueError(f"need width, depth >= 1 and 0 < least < 1, got {width}, {depth} and {least}")
         self.width, self.depth, self.least = width, depth, least
+        self.settings = {"width": width, "depth": depth, "least": least}
         self.reset()
 
     def reset(self) -> None:

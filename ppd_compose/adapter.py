@@ -5,40 +5,48 @@ Knows the format and refuses what is not it. Nothing is unpickled or executed. D
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .identity import Identity
+from .reference import TENSORS as REFERENCE_TENSORS
+from .reference import is_reference, read_reference
 from .sources import folder_of, read_object
 from .storage import staged_file, write_text
 
 FORMAT = 1
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SUFFIX = "ppd_embeddings"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the files hold: rows `[n, v, hidden]` float32, accuracies `[n][rank]` where they are known, and the base."""
+    """What the files hold: rows `[n, v, hidden]` float32, and where known accuracies `[n][rank]` and the base."""
 
     embeddings: Tensor
     accuracy: list[list[float]] | None
-    identity: Identity
+    identity: Identity | None
+    training: dict[str, Any] = field(default_factory=dict)  # how they were trained, as plain data
 
 
-def write_adapter(
-    adapter: Adapter, folder: Path, *, training: Mapping[str, Any] | None = None, card: str | None = None
-) -> None:
-    """Write `adapter` to `folder`; each file is replaced whole, the config last."""
+def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
+    """Write `adapter` and its card to `folder`; each file is replaced whole, the config last.
+
+    The tensors' file holds the config too: a save that is cut off between the two leaves the new adapter, no mixture.
+    Raises `ValueError` for an adapter that names no base.
+    """
     n, v, _ = adapter.embeddings.shape
+    if adapter.identity is None:
+        raise ValueError("prompt tokens that name no base cannot be saved: give identity=Identity.of(base)")
     config = {
         "peft_type": "PPD",
         "task_type": "CAUSAL_LM",
@@ -49,13 +57,14 @@ def write_adapter(
         "ensemble": v,
         "base": asdict(adapter.identity),
         "accuracy": adapter.accuracy,
-        "training": dict(training or {}),
+        "training": adapter.training,
     }
     rows = adapter.embeddings.flatten(0, 1).float().cpu().contiguous()
+    config["digest"] = _digest(rows)
     with staged_file(folder / TENSORS) as staging:
-        save_file({f"base_model.model.{adapter.identity.embedding}.{SUFFIX}": rows}, staging, {"format": "pt"})
-    if card is not None:
-        write_text(folder / CARD, card)
+        metadata = {"format": "pt", CONFIG: json.dumps(config)}
+        save_file({f"base_model.model.{adapter.identity.embedding}.{SUFFIX}": rows}, staging, metadata)
+    write_text(folder / CARD, card)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -68,21 +77,45 @@ def read_adapter(
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
         ValueError: a file is damaged, of another kind, or disagrees with the other.
     """
-    folder = folder_of(source, [CONFIG, TENSORS, CARD], f"{CONFIG} and {TENSORS}", revision, token, subfolder)
-    n, v, accuracy, identity = _fields(folder / CONFIG, _read_config(folder / CONFIG))
-    rows = _read_rows(folder)
+    wanted = [CONFIG, TENSORS, CARD, *REFERENCE_TENSORS]
+    folder = folder_of(source, wanted, f"{CONFIG} and {TENSORS}", revision, token, subfolder)
+    config = _read_config(folder / CONFIG)
+    if is_reference(config):
+        return Adapter(read_reference(folder, config), None, None)
+    rows, inner = _read_rows(folder)
+    if config.get("digest") not in (None, _digest(rows)):
+        config = _config_of(rows, inner, folder)
+    n, v, accuracy, identity = _fields(folder / CONFIG, config)
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
             f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
             f"of {identity.hidden_size}: the two files belong to different adapters"
         )
-    return Adapter(rows.view(n, v, -1), accuracy, identity)
+    training = config.get("training")
+    return Adapter(rows.view(n, v, -1), accuracy, identity, training if isinstance(training, dict) else {})
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _config_of(rows: Tensor, inner: str | None, folder: Path) -> dict[str, Any]:
+    """The config that the tensors' file holds, where the one beside it belongs to other rows."""
+    try:
+        config = json.loads(inner or "")
+        if config["digest"] == _digest(rows):
+            return dict(config)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{folder / CONFIG} belongs to other rows than {TENSORS} holds: fetch or save the adapter again")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: an adapter folder holds {CONFIG} and {TENSORS}")
     config = read_object(path)
+    if is_reference(config):
+        return config
     if config.get("peft_type") != "PPD":
         raise ValueError(f"{path} is no PPD adapter: peft_type is {config.get('peft_type')!r}")
     if config.get("format_version") != FORMAT:
@@ -106,17 +139,21 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[flo
     return n, v, accuracy, identity
 
 
-def _read_rows(folder: Path) -> Tensor:
+def _read_rows(folder: Path) -> tuple[Tensor, str | None]:
+    """The rows, and the config that their file holds."""
     path = folder / TENSORS
     if not path.is_file():
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
         hint = f"; {pickles[0]} is a pickle and is not opened: save it as safetensors" if pickles else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            mine = [name for name in names if name.endswith(SUFFIX)]
+            rows = file.get_tensor(mine[0]) if len(mine) == 1 else None
+            inner = (file.metadata() or {}).get(CONFIG)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    found = [tensor for name, tensor in tensors.items() if name.endswith(SUFFIX)]
-    if len(found) != 1 or not torch.is_floating_point(found[0]):
-        raise ValueError(f"{path} must hold one tensor of floats named ...{SUFFIX}, it holds {sorted(tensors)}")
-    return found[0]
+    if rows is None or rows.dtype not in FLOATS:
+        raise ValueError(f"{path} must hold one tensor of floats named ...{SUFFIX}, it holds {sorted(names)}")
+    return rows.float(), inner

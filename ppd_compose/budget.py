@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,11 +99,15 @@ class Budget:
         write_text(path, json.dumps({"rows": self.rows, "contexts": self.contexts, "seconds": self.seconds}))
 
     @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Budget:
+        """From its fields as plain data. Raises `KeyError`, `TypeError` or `ValueError` when they are none."""
+        return cls(tuple(data["rows"]), tuple(data["contexts"]), tuple(map(tuple, data["seconds"])))
+
+    @classmethod
     def load(cls, path: Path) -> Budget:
         """Read what `save` wrote. Raises `ValueError` naming the file when it is something else."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(data["rows"]), tuple(data["contexts"]), tuple(map(tuple, data["seconds"])))
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no budget: {error}") from None
 

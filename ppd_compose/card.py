@@ -5,16 +5,20 @@ Knows the card's text, and the parts that cards of all drafters have. Does not w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .prompt import PromptTokens
+import numpy as np
+
+from .adapter import Adapter
 from .tree import Floats
 
+RELATION = "base_model: {}\nbase_model_relation: adapter\n"
 TEMPLATE = """---
-base_model: {base}
-library_name: ppd_compose
+{relation}library_name: ppd_compose
+pipeline_tag: text-generation
 tags:
+- peft
 - parallel-prompt-decoding
 - speculative-decoding
 - ppd_compose
@@ -33,7 +37,8 @@ model = compose(base, PromptTokens.from_pretrained("this folder or repository"))
 model.generate(**inputs, max_new_tokens=128)
 ```
 
-Needs `import ppd_compose`; without it PEFT stops at `KeyError: 'PPD'`.
+Loads in PEFT too, as an adapter of its own kind, after `import ppd_compose`; without that import PEFT stops at
+`KeyError: 'PPD'`.
 
 ## Accuracy on held-out replies of the base
 
@@ -41,7 +46,7 @@ How often the token at a distance was the guess of that rank or a better one.
 
 {table}
 
-## Training
+{speed}## Training
 
 {facts}
 
@@ -50,20 +55,51 @@ shapes they still give the base's own tokens, but fewer guesses may be right.
 """
 
 
-def model_card(prompt: PromptTokens, facts: Mapping[str, Any]) -> str:
-    """Markdown with the Hub's metadata on top."""
-    if prompt.identity is None:
+def model_card(adapter: Adapter, results: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Markdown with the Hub's metadata on top.
+
+    Args:
+        adapter: prompt tokens that name their base.
+        results: of `ppd-compose bench`, told as speed-ups.
+
+    Raises `ValueError` when they name none.
+    """
+    if adapter.identity is None:
         raise ValueError("a card names the base: give the prompt tokens an identity")
-    n, v, _ = prompt.embeddings.shape
+    n, v, _ = adapter.embeddings.shape
+    name = adapter.identity.name or "a base without a name"
+    accuracy = accuracy_table("distance", np.asarray(adapter.accuracy)) if adapter.accuracy else "Not measured."
     return TEMPLATE.format(
-        base=prompt.identity.name,
+        base=name,
+        relation=RELATION.format(name) if adapter.identity.name else "",
         n=n,
         v=v,
-        parameters=prompt.embeddings.numel(),
-        table=accuracy_table("distance", prompt.accuracy),
-        facts=facts_list(facts),
-        fingerprint=prompt.identity.fingerprint,
+        parameters=adapter.embeddings.numel(),
+        table=accuracy,
+        speed="".join(map(speed_table, results)),
+        facts=facts_list(adapter.training) or "Not told.",
+        fingerprint=adapter.identity.fingerprint,
     )
+
+
+def speed_table(result: Mapping[str, Any]) -> str:
+    """A section with the speed-ups over plain generate that a benchmark found."""
+    where, runs = result["environment"], result["runs"]
+    lines = [
+        f"## Speed over plain generate, {where['device']}, {where['dtype']}",
+        "",
+        f"{result['base']['questions']} questions, greedy; `{where['command']}`.",
+        "",
+        "| category | " + " | ".join(run["name"] for run in runs) + " |",
+        "|---" * (len(runs) + 1) + "|",
+    ]
+    for category in result["base"]["by_category"]:
+        lines.append(f"| {category} | " + _speeds([run["by_category"][category] for run in runs]) + " |")
+    return "\n".join([*lines, f"| all | {_speeds(runs)} |", "", ""])
+
+
+def _speeds(told: Sequence[Mapping[str, Any]]) -> str:
+    return " | ".join(f"{each['speedup']:.2f}x" for each in told)
 
 
 def accuracy_table(first: str, accuracy: Floats) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .drafters import load_drafter
+from .hub_commands import convert, pull, push
 from .loading import load_base
 from .options import (
     BaseOption,
@@ -39,6 +40,8 @@ train = typer.Typer(no_args_is_help=True, help="Train drafters on a base model's
 app.add_typer(train, name="train")
 for kind, command in installed(TRAINING).items():
     train.command(kind)(command)
+for command in (push, pull, convert):
+    app.command()(command)
 console = Console(stderr=True)
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C

@@ -40,6 +40,7 @@ class PPDConfig(PeftConfig):
     training: dict[str, Any] = field(default_factory=dict)
     target_modules: list[str] | None = None
     format_version: int = FORMAT
+    digest: str | None = None  # of the rows in files that we write; PEFT's files carry none
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -49,6 +50,7 @@ class PPDConfig(PeftConfig):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.format_version != FORMAT:
             raise ValueError(f"format_version is {self.format_version!r}, this version reads {FORMAT}: upgrade")
+        self.digest = None
         self.peft_type = _peft_type()
         self.task_type = self.task_type or "CAUSAL_LM"
 
@@ -135,7 +137,7 @@ def adapter_in(model: Any, name: str | None = None) -> Adapter:
     config = model.peft_config[name]
     rows = layer.ppd_embeddings[name].detach().float()
     embeddings = rows.view(config.num_prompt_tokens, config.ensemble, -1)
-    return Adapter(embeddings, config.accuracy, Identity(**config.base))
+    return Adapter(embeddings, config.accuracy, Identity(**config.base), config.training)
 
 
 def _peft_type() -> PeftType:

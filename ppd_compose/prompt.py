@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import Adapter, read_adapter, write_adapter
+from .card import model_card
 from .hookspecs import hookimpl
+from .hub import Shared
 from .identity import Identity
 from .peft_method import adapter_in
+from .reference import is_reference
 from .step import Answer, Step
 from .top import best_tokens
 from .tree import Appended, Floats, TokenTree
@@ -27,7 +30,7 @@ WIDTH = 10  # guesses taken from each distance
 TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
 
 
-class PromptTokens:
+class PromptTokens(Shared):
     """Drafter: `n` prompt tokens of `v` embeddings each (ensemble prompt tokens, EPTs; PPD section 3.2).
 
     Prompt token i below a node stands where the i-th next token would stand and guesses the one after it. The
@@ -38,6 +41,7 @@ class PromptTokens:
         accuracy: `[n][rank]`, how often the guess of that rank was right on held-out replies. It decides how
             many prompt tokens are worth their rows.
         identity: the base that the embeddings were trained for, checked by `compose`.
+        training: how they were trained, as plain data for their files.
 
     Raises:
         ValueError: no embeddings, not finite, or accuracies of another shape or outside 0 to 1.
@@ -50,13 +54,14 @@ class PromptTokens:
         embeddings: Tensor,
         accuracy: Sequence[Sequence[float]] | None = None,
         identity: Identity | None = None,
+        training: Mapping[str, Any] | None = None,
     ) -> None:
         if embeddings.ndim != 3 or 0 in embeddings.shape:
             raise ValueError(f"prompt tokens must be [n, v, hidden] with n, v >= 1, got {tuple(embeddings.shape)}")
         if not torch.isfinite(embeddings).all():
             raise ValueError("prompt tokens hold NaN or infinite values: the file is damaged or training diverged")
         self.embeddings = embeddings.detach()
-        self.identity = identity
+        self.identity, self.training = identity, dict(training or {})
         n = embeddings.shape[0]
         self.accuracy = np.asarray(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)])
         if self.accuracy.ndim != 2 or len(self.accuracy) != n or not (abs(self.accuracy - 0.5) <= 0.5).all():
@@ -86,18 +91,24 @@ class PromptTokens:
             adapter = adapter_in(source, adapter_name)
         else:
             adapter = read_adapter(source, revision=revision, token=token, subfolder=subfolder)
-        return cls(adapter.embeddings, adapter.accuracy, adapter.identity)
+        return cls(adapter.embeddings, adapter.accuracy, adapter.identity, adapter.training)
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
         """Whether a folder with this configuration holds prompt tokens."""
-        return config.get("peft_type") == "PPD"
+        return config.get("peft_type") == "PPD" or is_reference(config)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`. Raises `ValueError` without an identity."""
-        if self.identity is None:
-            raise ValueError("prompt tokens that name no base cannot be saved: give identity=Identity.of(base)")
-        write_adapter(Adapter(self.embeddings, self.accuracy.tolist(), self.identity), Path(folder))
+    def save_pretrained(self, folder: str | Path, *, results: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write `adapter_config.json`, `adapter_model.safetensors` and a card.
+
+        Args:
+            folder: made when it is not there.
+            results: of `ppd-compose bench`, told in the card.
+
+        Raises `ValueError` without an identity.
+        """
+        adapter = Adapter(self.embeddings, self.accuracy.tolist(), self.identity, self.training)
+        write_adapter(adapter, Path(folder), model_card(adapter, results))
 
     @hookimpl
     def prepare(self, model: PreTrainedModel) -> None:

@@ -17,8 +17,6 @@ import transformers
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapter import Adapter, write_adapter
-from .card import model_card
 from .identity import Identity, device_name
 from .loop import Recipe
 from .prompt import PromptTokens
@@ -58,10 +56,9 @@ def train_ppd(
     )
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
-    prompt = PromptTokens(trained.embeddings, trained.accuracy, identity)
     facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
-    adapter = Adapter(trained.embeddings, trained.accuracy, identity)
-    write_adapter(adapter, out, training=facts, card=model_card(prompt, facts))
+    prompt = PromptTokens(trained.embeddings, trained.accuracy, identity, facts)
+    prompt.save_pretrained(out)
     shutil.rmtree(out / "checkpoints")
     return prompt
 

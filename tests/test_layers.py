@@ -14,9 +14,9 @@ ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
     "budget", "logit", "sources", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "drafters", "stats", "measured", "drafting", "decode",
-    "refuse", "generation", "compose", "testing", "adapter", "peft_method", "top",
+    "refuse", "generation", "compose", "saved", "testing", "reference", "adapter", "peft_method", "card", "hub", "top",
     "prompt", "offline", "prompts", "replies", "loop",
-    "states", "distill", "train", "card", "train_job", "environment", "demo_base", "loading", "options",
+    "states", "distill", "train", "train_job", "environment", "demo_base", "loading", "options", "hub_commands",
     "bench", "bench_job", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 

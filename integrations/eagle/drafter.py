@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 
 from .borrowed import OutputHead, Parts, borrow
@@ -40,7 +41,7 @@ class Memory:
         self.rows.learn([step.hidden_states[layer] for layer in self.layers])
 
 
-class EagleHead:
+class EagleHead(Shared):
     """Drafter: one decoder layer that reads the base's hidden states and drafts EAGLE-2's dynamic tree.
 
     EAGLE-1/2 heads read the base's last hidden state and use its output head, EAGLE-3 heads read three hidden
@@ -64,6 +65,7 @@ class EagleHead:
         if depth < 0 or top_k < 1 or grow < 0:
             raise ValueError(f"need depth, grow >= 0 and top_k >= 1, got {depth}, {grow} and {top_k}")
         self.head, self.depth, self.top_k, self.grow = head, depth, top_k, grow
+        self.settings = {"depth": depth, "top_k": top_k, "grow": grow}
         self._parts: WeakKeyDictionary[PreTrainedModel, tuple[Any, Parts]] = WeakKeyDictionary()
 
     @classmethod

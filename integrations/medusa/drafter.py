@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints
@@ -29,7 +30,7 @@ from .layouts import LAYOUTS
 WIDTH = 10  # guesses taken from each head
 
 
-class MedusaHeads:
+class MedusaHeads(Shared):
     """Drafter: after the last accepted token, head k guesses the token k after the next one, which is the root.
 
     The heads run once a step, on one hidden state, in the base's dtype and on its device. Nothing is put on the base.
@@ -62,6 +63,7 @@ class MedusaHeads:
     ) -> None:
         self.heads = heads if identity is None else replace(heads, vocab_size=identity.vocab_size)
         self.choices = None if choices is None else Choices.of(choices, len(heads))
+        self.settings = {"choices": None if choices is None else [list(path) for path in choices]}
         self.identity, self.base_name = identity, identity.name if identity else base_name
         self.training = dict(training or {})
         self.accuracy = None if accuracy is None else np.asarray(accuracy, float)
