@@ -17,6 +17,7 @@ EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gav
 FORGET = 0.998  # how much of the past counts after each step
 PRIOR = 8.0  # guesses that the prior stands for: a chance of last time is worth 0.6 of itself
 WORTH = 0.6
+MOST = 256  # successors of a token, or tokens of a path
 
 
 class TokenRecycling:
@@ -31,14 +32,14 @@ class TokenRecycling:
         least: guesses that claim a smaller chance are not made.
 
     Raises:
-        ValueError: width or depth below 1, or `least` not between 0 and 1.
+        ValueError: width or depth below 1 or above 256, or `least` not between 0 and 1.
     """
 
     name = "recycling"
 
     def __init__(self, width: int = 8, depth: int = 6, least: float = 0.01) -> None:
-        if min(width, depth) < 1 or not 0 < least < 1:
-            raise ValueError(f"need width, depth >= 1 and 0 < least < 1, got {width}, {depth} and {least}")
+        if not 1 <= width <= MOST or not 1 <= depth <= MOST or not 0 < least < 1:
+            raise ValueError(f"need width and depth from 1 to {MOST} and 0 < least < 1, got {width}, {depth}, {least}")
         self.width, self.depth, self.least = width, depth, least
         self.settings = {"width": width, "depth": depth, "least": least}
         self.reset()

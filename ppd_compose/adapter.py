@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .identity import Identity
+from .reference import FILES as REFERENCE_FILES
 from .reference import TENSORS as REFERENCE_TENSORS
 from .reference import is_reference, read_reference
 from .sources import folder_of, read_object
@@ -25,6 +26,7 @@ from .storage import staged_file, write_text
 FORMAT = 1
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SUFFIX = "ppd_embeddings"
+MOST = 256  # prompt tokens, or embeddings of each
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -77,14 +79,14 @@ def read_adapter(
         FileNotFoundError: a file is missing, or `source` is neither a folder nor a repository.
         ValueError: a file is damaged, of another kind, or disagrees with the other.
     """
-    wanted = [CONFIG, TENSORS, CARD, *REFERENCE_TENSORS]
+    wanted = [CONFIG, TENSORS, CARD, *REFERENCE_TENSORS, *REFERENCE_FILES]
     folder = folder_of(source, wanted, f"{CONFIG} and {TENSORS}", revision, token, subfolder)
     config = _read_config(folder / CONFIG)
     if is_reference(config):
         return Adapter(read_reference(folder, config), None, None)
     rows, inner = _read_rows(folder)
-    if config.get("digest") not in (None, _digest(rows)):
-        config = _config_of(rows, inner, folder)
+    if config.get("digest") != _digest(rows):
+        config = _of_these_rows(config, rows, inner, folder)
     n, v, accuracy, identity = _fields(folder / CONFIG, config)
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
@@ -95,18 +97,30 @@ def read_adapter(
     return Adapter(rows.view(n, v, -1), accuracy, identity, training if isinstance(training, dict) else {})
 
 
+def check_counts(n: object, v: object) -> None:
+    """Raise `ValueError` unless there can be `n` prompt tokens of `v` embeddings each."""
+    for name, value in (("num_prompt_tokens", n), ("ensemble", v)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.60}")
+        if value > MOST:
+            raise ValueError(f"{name} is more than {MOST}: no forward has so many rows")
+
+
 def _digest(rows: Tensor) -> str:
     return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _config_of(rows: Tensor, inner: str | None, folder: Path) -> dict[str, Any]:
-    """The config that the tensors' file holds, where the one beside it belongs to other rows."""
+def _of_these_rows(config: dict[str, Any], rows: Tensor, inner: str | None, folder: Path) -> dict[str, Any]:
+    """The config that the tensors' file holds, where it is that of the rows and the one beside it is not: a save was
+    cut off. One that belongs to no rows in particular, such as PEFT's, otherwise stays."""
     try:
-        config = json.loads(inner or "")
-        if config["digest"] == _digest(rows):
-            return dict(config)
-    except (ValueError, KeyError, TypeError):
-        pass
+        kept = json.loads(inner or "{}")
+    except (ValueError, RecursionError):
+        kept = {}
+    if isinstance(kept, dict) and kept.get("digest") == _digest(rows):
+        return _checked(kept, folder / TENSORS)
+    if config.get("digest") is None:
+        return config
     raise ValueError(f"{folder / CONFIG} belongs to other rows than {TENSORS} holds: fetch or save the adapter again")
 
 
@@ -114,8 +128,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: an adapter folder holds {CONFIG} and {TENSORS}")
     config = read_object(path)
-    if is_reference(config):
-        return config
+    return config if is_reference(config) else _checked(config, path)
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "PPD":
         raise ValueError(f"{path} is no PPD adapter: peft_type is {config.get('peft_type')!r}")
     if config.get("format_version") != FORMAT:
@@ -127,15 +143,11 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[flo
     try:
         n, v = config["num_prompt_tokens"], config["ensemble"]
         accuracy, identity = config["accuracy"], Identity(**config["base"])
+        check_counts(n, v)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks a field or has one too many: {error}") from None
-    for name, value in (
-        ("num_prompt_tokens", n),
-        ("ensemble", v),
-        ("base.hidden_size", identity.hidden_size),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}: {name} must be a whole number of at least 1, got {value!r}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return n, v, accuracy, identity
 
 
@@ -154,6 +166,6 @@ def _read_rows(folder: Path) -> tuple[Tensor, str | None]:
             inner = (file.metadata() or {}).get(CONFIG)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    if rows is None or rows.dtype not in FLOATS:
-        raise ValueError(f"{path} must hold one tensor of floats named ...{SUFFIX}, it holds {sorted(names)}")
+    if rows is None or rows.dtype not in FLOATS or rows.ndim != 2:
+        raise ValueError(f"{path} must hold one matrix of floats named ...{SUFFIX}, it holds {sorted(names)}")
     return rows.float(), inner

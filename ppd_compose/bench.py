@@ -121,6 +121,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "name": name,
         "tokens_per_second": _rate(answers),
         "speedup": _rate(answers) / _rate(base),
+        "speedup_by_round": _by_round(answers, base),
         "tokens_per_forward": sum(s.tokens for s in stats) / max(forwards, 1),
         "expected_per_forward": sum(s.expected for s in stats) / max(forwards, 1),
         "rows_per_forward": sum(s.rows for s in stats) / max(forwards, 1),
@@ -134,6 +135,15 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
 
 def _rate(answers: Sequence[Answered]) -> float:
     return sum(a.tokens for a in answers) / sum(median(a.seconds) for a in answers)
+
+
+def _by_round(answers: Sequence[Answered], base: Sequence[Answered]) -> list[float]:
+    """Speed-up in each round, every question counted."""
+    mine, theirs = (
+        [sum(times) for times in zip(*(a.seconds for a in those), strict=True)] for those in (answers, base)
+    )
+    tokens = sum(a.tokens for a in answers) / sum(b.tokens for b in base)
+    return [tokens * other / own for own, other in zip(mine, theirs, strict=True)]
 
 
 def _category(category: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:

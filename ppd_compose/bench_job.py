@@ -19,8 +19,10 @@ from .compose import compose
 from .environment import environment
 from .loading import LoadedBase
 from .prompts import Prompt
+from .trace import traced
 
 SCHEMA = 1
+TRACED = 64  # tokens of one answer that are told with who guessed them
 WAYS: dict[str, dict[str, Any]] = {"eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}}
 
 
@@ -59,6 +61,11 @@ def bench(
         for name, number, answer in run(contenders, questions, rounds, max_new_tokens):
             answers[name][number] = answer
             progress.advance(task)
+    traces = {
+        name: traced(model, loaded.tokenizer, questions[0].ids.to(model.device), min(max_new_tokens, TRACED))
+        for name, model in composed.items()
+        if hasattr(model, "plugins")
+    }
     by_name = {name: [mine[i] for i in range(len(questions))] for name, mine in answers.items()}
     runs = [_report(loaded, name, by_name[name], by_name[BASE]) for name in composed]
     result = {
@@ -71,6 +78,7 @@ def bench(
         "budgets": budgets,
         "base": _base(by_name[BASE]),
         "runs": runs,
+        "traces": traces,
     }
     console.print(_table(result))
     return result

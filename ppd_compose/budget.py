@@ -24,6 +24,7 @@ from .verify import Context, verify
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
+LARGEST = 2**20  # of rows and contexts that are believed
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         shape = (len(self.contexts), len(self.rows))
+        if any(type(n) is not int or not 0 <= n <= LARGEST for n in (*self.rows, *self.contexts)):
+            raise ValueError(
+                f"rows and contexts must be whole numbers up to {LARGEST}: {self.rows} and {self.contexts}"
+            )
         table = np.asarray(self.seconds, float)
         if table.shape != shape or not len(self.rows) or self.rows[0] != 1:
             raise ValueError(
@@ -100,15 +105,17 @@ class Budget:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Budget:
-        """From its fields as plain data. Raises `KeyError`, `TypeError` or `ValueError` when they are none."""
-        return cls(tuple(data["rows"]), tuple(data["contexts"]), tuple(map(tuple, data["seconds"])))
+        """From its fields as plain data. Raises `KeyError`, `TypeError`, `ValueError` or `OverflowError` when they are
+        none."""
+        seconds = tuple(tuple(map(float, row)) for row in data["seconds"])
+        return cls(tuple(data["rows"]), tuple(data["contexts"]), seconds)
 
     @classmethod
     def load(cls, path: Path) -> Budget:
         """Read what `save` wrote. Raises `ValueError` naming the file when it is something else."""
         try:
             return cls.of(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is no budget: {error}") from None
 
 

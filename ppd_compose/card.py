@@ -5,6 +5,7 @@ Knows the card's text, and the parts that cards of all drafters have. Does not w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def model_card(adapter: Adapter, results: Sequence[Mapping[str, Any]] = ()) -> s
     accuracy = accuracy_table("distance", np.asarray(adapter.accuracy)) if adapter.accuracy else "Not measured."
     return TEMPLATE.format(
         base=name,
-        relation=RELATION.format(name) if adapter.identity.name else "",
+        relation=RELATION.format(json.dumps(name)) if adapter.identity.name else "",
         n=n,
         v=v,
         parameters=adapter.embeddings.numel(),

@@ -201,3 +201,15 @@ def profile(
     if plot is not None:
         profiling.plot(told, plot)
     print(json.dumps(told))
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files that bench --json wrote.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+) -> None:
+    """Write benchmark results as one self-contained page."""
+    from .report import write_report
+
+    write_report(results, out)
+    print(out)

@@ -6,7 +6,7 @@ Knows how two models share weights. How the result generates is `generation`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .measured import Watch
 from .plugins import Plugins, name_of
 from .refuse import refuse_base
 from .rows import BestRows
+from .sources import read_object
 from .stats import Stats
 
 
@@ -33,7 +34,7 @@ def compose(
     plugins: Sequence[Any] = (),
     packed: bool = False,
     compile: bool = False,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Mapping[str, Any] | None = None,
 ) -> Any:
     """Return a model that generates the tokens of `base`, several in one forward.
 
@@ -48,8 +49,8 @@ def compose(
             up to rounding, sooner, for as much memory again as those weights.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`.
-        calibration: a file that `save_calibration` of a composition of the same drafters wrote: how far their claims
-            can be believed. Learnt anew while decoding when None.
+        calibration: how far the drafters' claims can be believed: a file that `save_calibration` of a composition of
+            the same drafters wrote, or what it holds. Learnt anew while decoding when None.
 
     Returns:
         An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
@@ -72,11 +73,20 @@ def compose(
     return model
 
 
-def composition(drafters: Sequence[Any], plugins: Sequence[Any], calibration: str | Path | None = None) -> Plugins:
+def composition(
+    drafters: Sequence[Any], plugins: Sequence[Any], calibration: str | Path | Mapping[str, Any] | None = None
+) -> Plugins:
     """All plugins of a composed model: those given, and the defaults, which come last where one result counts."""
     names = [name_of(drafter) for drafter in drafters]
-    evidence = Evidence(names) if calibration is None else Evidence.load(Path(calibration), names)
-    return Plugins(drafters, [*plugins, evidence, MatchPicks(), BestRows()])
+    return Plugins(drafters, [*plugins, _evidence(names, calibration), MatchPicks(), BestRows()])
+
+
+def _evidence(names: Sequence[str], calibration: str | Path | Mapping[str, Any] | None) -> Evidence:
+    if calibration is None:
+        return Evidence(names)
+    if isinstance(calibration, Mapping):
+        return Evidence.restored(names, calibration, "the calibration given")
+    return Evidence.restored(names, read_object(Path(calibration)), str(calibration))
 
 
 def _sharing(base: PreTrainedModel) -> Any:

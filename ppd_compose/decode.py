@@ -58,7 +58,10 @@ class Decoding:
         self.drafting = Drafting(plugins, stats)
         self.sequence = Growing(request.ids)
         vocab = model.config.get_text_config().vocab_size
-        self.step = Step(request.ids[0].tolist(), vocab, request.budget, request.room, tuple(plugins.drafters))
+        # Plugins never see padding: neither its tokens nor its hidden states.
+        shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
+        ids = request.ids[0][shown].tolist()
+        self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
         self.context = Context(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self._last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         self.done = False
@@ -98,7 +101,8 @@ class Decoding:
             )
             states.append(states_of(out, self.layers))
             start = end
-        self.step.hidden_states = {layer: torch.cat([part[layer] for part in states]) for layer in self.layers}
+        shown = request.visible[request.cached :].to(self.model.device)
+        self.step.hidden_states = {layer: torch.cat([part[layer] for part in states])[shown] for layer in self.layers}
         last = {layer: state[-1:] for layer, state in self.step.hidden_states.items()}
         return Verified(out.logits[0, -1:], [], last)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 
 from .plugins import installed
 from .shipped import shipped_drafter
-from .sources import read_object
+from .sources import asking_the_hub, read_object
 
 CONFIGS = ("adapter_config.json", "config.json")
 
@@ -75,6 +75,7 @@ def _repository(repo: str, revision: str | None, token: str | None) -> tuple[Pat
         return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(CONFIGS))), files
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{repo} is no folder here and no repository that the Hub shows you: {error}") from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return folder, {path.name for path in folder.iterdir()}
+    except (HTTPError, OSError):
+        with asking_the_hub(repo, revision):
+            kept = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(CONFIGS))
+        return Path(kept), {path.name for path in Path(kept).iterdir()}

@@ -5,18 +5,15 @@ Knows what drafters claimed and what the model said. Does not know budgets.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .hookspecs import hookimpl
 from .logit import ConditionalLogit
-from .sources import read_object
 from .step import Step
-from .storage import write_text
 from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
@@ -58,30 +55,26 @@ class Evidence:
         self.learners = [ConditionalLogit(prior, np.full(prior.shape, holds)) for _ in range(DEPTHS)]
         self.drafters = tuple(drafters)
 
-    def save(self, path: Path) -> None:
-        """Write what was learnt, as JSON."""
-        learnt = [{"weights": x.weights.tolist(), "information": x.information.tolist()} for x in self.learners]
-        write_text(path, json.dumps({"drafters": self.drafters, "learnt": learnt}) + "\n")
+    def learnt(self) -> dict[str, Any]:
+        """What was learnt, as plain data."""
+        learners = [{"weights": x.weights.tolist(), "information": x.information.tolist()} for x in self.learners]
+        return {"drafters": list(self.drafters), "learnt": learners}
 
     @classmethod
-    def load(cls, path: Path, drafters: Sequence[str]) -> Evidence:
-        """Go on from what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it holds something else, or was learnt with other drafters.
-        """
-        evidence, told = cls(drafters), read_object(path)
+    def restored(cls, drafters: Sequence[str], told: Mapping[str, Any], where: str) -> Evidence:
+        """Go on from what `learnt` told. Raises `ValueError`, naming `where` it stands, when it is something else, or
+        was learnt with other drafters."""
         if told.get("drafters") != list(drafters):
             raise ValueError(
-                f"{path} was learnt with drafters {told.get('drafters')}, this composition has {list(drafters)}: "
+                f"{where} was learnt with drafters {told.get('drafters')}, this composition has {list(drafters)}: "
                 "compose the same ones in the same order, or leave calibration out"
             )
+        evidence = cls(drafters)
         try:
             for learner, learnt in zip(evidence.learners, told["learnt"], strict=True):
                 learner.restore(np.asarray(learnt["weights"], float), np.asarray(learnt["information"], float))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no calibration that was saved by this version: {error}") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where} is no calibration that was saved by this version: {error}") from None
         return evidence
 
     @hookimpl(trylast=True)

@@ -5,6 +5,7 @@ Knows what transformers hands to a custom loop and what it drops on the way. Doe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from .measured import Watch, measured_budget
 from .plugins import Plugins
 from .refuse import refuse_arguments, refuse_request
 from .stats import Stats
+from .storage import write_text
 
 
 class Composed:
@@ -83,8 +85,8 @@ class Composed:
 
         Holds a few numbers for each drafter, and nothing of what was decoded.
         """
-        learnt: Any = self.plugins.manager.get_plugin(Evidence.name)
-        learnt.save(Path(path))
+        evidence: Any = self.plugins.manager.get_plugin(Evidence.name)
+        write_text(Path(path), json.dumps(evidence.learnt()) + "\n")
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None

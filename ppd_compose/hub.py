@@ -10,11 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
+from .saved import COMPOSITION
+from .shipped import DATA
+from .sources import asking_the_hub
 from .storage import staged_folder
 
-SHARED = ("*.json", "*.safetensors", "*.md", "*.py", "*.txt")  # no pickles, and nothing hidden
+TEMPLATE = DATA / "custom_generate.template"
+SHARED = ("*.json", "*.safetensors", "*.md", "*.py", "*.txt", "*.jinja", "*.model")  # no pickles, nothing hidden
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Shared:
@@ -29,6 +34,7 @@ class Shared:
         commit_message: str | None = None,
         create_pr: bool = False,
         token: str | None = None,
+        custom_generate: bool = False,
         **saving: Any,
     ) -> str:
         """Save, and upload in one commit; returns the commit's address.
@@ -40,12 +46,15 @@ class Shared:
             commit_message: of the commit.
             create_pr: open a pull request instead of committing.
             token: of the Hub; None takes the one that was stored at login.
+            custom_generate: see `push_folder`.
             saving: arguments of `save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)  # type: ignore[attr-defined]
-            return push_folder(Path(folder), repo_id, private=private, revision=revision,
-                               commit_message=commit_message, create_pr=create_pr, token=token)  # fmt: skip
+            return push_folder(
+                Path(folder), repo_id, private=private, revision=revision, commit_message=commit_message,
+                create_pr=create_pr, token=token, custom_generate=custom_generate,
+            )  # fmt: skip
 
 
 def push_folder(
@@ -57,28 +66,56 @@ def push_folder(
     commit_message: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
+    custom_generate: bool = False,
 ) -> str:
     """Upload the files of `folder` in one commit, as `Shared.push_to_hub`: all of them arrive, or none.
 
+    With `custom_generate` the repository gets a `custom_generate/generate.py`, so that
+    `model.generate(custom_generate=repo_id, trust_remote_code=True)` decodes with it, with nothing else to write.
+
     Raises:
         FileNotFoundError: `folder` is none.
-        ValueError: it holds a link that leads out of it.
-        OSError: the Hub refused or could not be reached (`HfHubHTTPError`); its last commit stays as it was.
+        ValueError: it holds a link that leads out of it, weights that are pickles only, or nothing to upload; or the
+            repository is there already and public, though `private`.
+        OSError: the Hub refused or could not be reached; its last commit stays as it was.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the one that a drafter or composition was saved to")
-    for path in folder.rglob("*"):
+    files: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in _shared_files(folder)}
+    hub, message = HfApi(token=token), commit_message or "Upload by ppd_compose"
+    with asking_the_hub(repo_id, revision):
+        repo_id = _repository(hub, repo_id, private, None if create_pr else revision)
+        if custom_generate:
+            code = TEMPLATE.read_text(encoding="utf-8")
+            code = code.format(repo=repo_id, revision=revision, whole=COMPOSITION in files)
+            files["custom_generate/generate.py"] = code.encode()
+        adds = [CommitOperationAdd(path, content) for path, content in files.items()]
+        commit = hub.create_commit(repo_id, adds, revision=revision, commit_message=message, create_pr=create_pr)
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _repository(hub: HfApi, repo_id: str, private: bool | None, branch: str | None) -> str:
+    """The full name of the repository, which is there then, with that branch."""
+    made = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not hub.model_info(made).private:
+        raise ValueError(f"{made} is there already and public: make it private on the Hub, or leave private out")
+    if branch is not None and not branch.startswith("refs/"):
+        hub.create_branch(made, branch=branch, exist_ok=True)
+    return made
+
+
+def _shared_files(folder: Path) -> list[Path]:
+    """What is uploaded; a `ValueError` for links that lead out, and for weights that would stay behind."""
+    inside = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+    for path in inside:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} leads out of {folder}: replace the link by the file, if it is to be uploaded")
-    hub = HfApi(token=token)
-    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        hub.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = hub.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
-        commit_message=commit_message or "Upload by ppd_compose", allow_patterns=list(SHARED), ignore_patterns=[".*"],
-    )  # fmt: skip
-    return str(commit.pr_url or commit.commit_url)
+        if path.suffix in PICKLES and not any(path.parent.glob("*.safetensors")):
+            raise ValueError(f"{path} is a pickle, which is not uploaded: save it as safetensors first")
+    found = [path for path in inside if path.is_file() and any(path.match(pattern) for pattern in SHARED)]
+    if not found:
+        raise ValueError(f"{folder} holds nothing to upload: expected files {', '.join(SHARED)}")
+    return sorted(found)
 
 
 def pull_folder(repo_id: str, folder: Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -86,11 +123,17 @@ def pull_folder(repo_id: str, folder: Path, *, revision: str | None = None, toke
 
     Raises:
         FileExistsError: `folder` is there already.
-        OSError: the Hub refused or could not be reached (`HfHubHTTPError`, `LocalEntryNotFoundError`).
+        OSError: the Hub refused or could not be reached.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: remove it, or name another")
-    fetched = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(SHARED)))
+    with asking_the_hub(repo_id, revision):
+        fetched = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(SHARED)))
     with staged_folder(folder) as staging:
-        shutil.copytree(fetched, staging, dirs_exist_ok=True)  # follows the links of the cache
+        # The snapshot is one of links into the cache, and may hold more than was asked for this time.
+        for path in fetched.rglob("*"):
+            if path.is_file() and any(path.match(pattern) for pattern in SHARED):
+                place = staging / path.relative_to(fetched)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, place)
     return folder

@@ -24,6 +24,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch, made when it is not there.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    custom_generate: Annotated[
+        bool, typer.Option("--custom-generate", help="Let model.generate(custom_generate=REPO) decode with it.")
+    ] = False,
 ) -> None:
     """Upload a folder in one commit and print the commit's address; logged in by `hf auth login` or HF_TOKEN."""
     from .drafters import load_drafter
@@ -33,8 +36,11 @@ def push(
     if (folder / COMPOSITION).is_file():
         read_composition(folder)
     else:
-        load_drafter(folder)
-    print(push_folder(folder, repo, private=private, revision=revision, commit_message=message, create_pr=create_pr))
+        load_drafter(folder.resolve())
+    print(push_folder(
+        folder, repo, private=private, revision=revision, commit_message=message, create_pr=create_pr,
+        custom_generate=custom_generate,
+    ))  # fmt: skip
 
 
 def pull(
@@ -60,7 +66,9 @@ def convert(
     from .prompt import PromptTokens
 
     tokens = PromptTokens.from_pretrained(source, revision=revision)
+    if tokens.identity is not None:
+        raise ValueError(f"{source} is an adapter of this project already, for {tokens.identity}")
     loaded = load_base(base)
     tokens.prepare(loaded.model)
-    facts = {"converted from": source}
-    PromptTokens(tokens.embeddings, tokens.accuracy.tolist(), Identity.of(loaded.model), facts).save_pretrained(out)
+    facts = {"converted from": Path(source).name if Path(source).is_dir() else source}
+    PromptTokens(tokens.embeddings, None, Identity.of(loaded.model), facts).save_pretrained(out)

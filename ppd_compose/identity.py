@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 FINGERPRINT_ROWS = 256
+LARGEST = 2**31  # of a size that is believed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class Identity:
     vocab_size: int
     fingerprint: str
     embedding: str = "model.embed_tokens"  # where the base keeps its input embedding
+
+    def __post_init__(self) -> None:
+        """Raises `TypeError` for fields of other types, as files may hold."""
+        for name in ("name", "fingerprint", "embedding"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"base.{name} must be a text, got {getattr(self, name)!r:.60}")
+        for name in ("hidden_size", "vocab_size"):
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= LARGEST:
+                raise TypeError(f"base.{name} must be a whole number of at least 1, got {getattr(self, name)!r:.60}")
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Identity:

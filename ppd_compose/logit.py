@@ -11,6 +11,7 @@ from .tree import Bools, Floats, Ints
 
 FORGET = 0.999  # how much of what was learnt counts after each choice
 FARTHEST = 1.0  # that one step may move the log-odds of an alternative before it
+LARGEST = 1e3  # of weights that are believed
 STEADY = 1e-6  # added to the information, so that it can be inverted
 
 
@@ -38,7 +39,11 @@ class ConditionalLogit:
         """
         if weights.shape != self.weights.shape or information.shape != self.information.shape:
             raise ValueError(f"weights {weights.shape} of information {information.shape}, not {self.weights.shape}")
-        if not (np.isfinite(weights).all() and np.linalg.eigvalsh(information).min() > -STEADY):
+        if not (
+            (abs(weights) <= LARGEST).all()
+            and np.isfinite(information).all()
+            and np.linalg.eigvalsh(information).min() > -STEADY
+        ):
             raise ValueError("weights that are no numbers, or information that is not positive")
         self.weights, self.information = weights, information
 

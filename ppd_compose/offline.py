@@ -38,7 +38,9 @@ class OfflinePromptTokens(PromptTokens):
     name = "ppd-offline"
 
     def __init__(self, prompt_tokens: PromptTokens, rows: int) -> None:
-        super().__init__(prompt_tokens.embeddings, prompt_tokens.accuracy.tolist(), prompt_tokens.identity)
+        super().__init__(
+            prompt_tokens.embeddings, prompt_tokens.accuracy.tolist(), prompt_tokens.identity, prompt_tokens.training
+        )
         self.trees = sparse_trees(self.accuracy, rows, self.embeddings.shape[1])
 
     @hookimpl

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from .adapter import FORMAT, Adapter
+from .adapter import FORMAT, Adapter, check_counts
 from .identity import Identity
 
 NAME = "PPD"
@@ -44,10 +45,7 @@ class PPDConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        for name in ("num_prompt_tokens", "ensemble"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_counts(self.num_prompt_tokens, self.ensemble)
         if self.format_version != FORMAT:
             raise ValueError(f"format_version is {self.format_version!r}, this version reads {FORMAT}: upgrade")
         self.digest = None
@@ -71,7 +69,7 @@ class PPDEmbedding(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: PPDConfig) -> None:
         """Add rows `[prompt tokens x embeddings, hidden]` float32 for `adapter`, at first the mean of all tokens'."""
         weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
-        rows = weight.detach().float().mean(0).expand(config.num_prompt_tokens * config.ensemble, -1)
+        rows = weight.detach().mean(0, dtype=torch.float32).expand(config.num_prompt_tokens * config.ensemble, -1)
         self.ppd_embeddings[adapter] = nn.Parameter(rows.clone())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -92,7 +90,7 @@ class PPDModel(BaseTuner):
         config.target_modules = [base.embedding]
         if config.base is None:
             config.base = asdict(base)
-        elif (trained := Identity(**config.base)).shape != base.shape:
+        elif (trained := _identity(config)).shape != base.shape:
             raise ValueError(f"these prompt tokens were trained for {trained}; they cannot be used on {base}")
         return config
 
@@ -137,7 +135,14 @@ def adapter_in(model: Any, name: str | None = None) -> Adapter:
     config = model.peft_config[name]
     rows = layer.ppd_embeddings[name].detach().float()
     embeddings = rows.view(config.num_prompt_tokens, config.ensemble, -1)
-    return Adapter(embeddings, config.accuracy, Identity(**config.base), config.training)
+    return Adapter(embeddings, config.accuracy, _identity(config), dict(config.training or {}))
+
+
+def _identity(config: Any) -> Identity:
+    try:
+        return Identity(**config.base)
+    except TypeError as error:
+        raise ValueError(f"the adapter's config does not say which base it is for: {error}") from None
 
 
 def _peft_type() -> PeftType:

@@ -32,6 +32,7 @@ def profile(model: Any, questions: Sequence[Question], tokens: int, again: bool,
         again: measure anew, even where a budget of this model on this machine is kept.
     """
     model.budget = measured_budget(model, again)
+    model.warmup()
     seconds: Counter[str] = Counter()
     forwards = 0
     for question in questions:

@@ -26,6 +26,7 @@ from .step import Answer, Step
 from .top import best_tokens
 from .tree import Appended, Floats, TokenTree
 
+RANKS = 1000  # of guesses whose accuracy is told, at most
 WIDTH = 10  # guesses taken from each distance
 TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
 
@@ -63,9 +64,8 @@ class PromptTokens(Shared):
         self.embeddings = embeddings.detach()
         self.identity, self.training = identity, dict(training or {})
         n = embeddings.shape[0]
-        self.accuracy = np.asarray(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)])
-        if self.accuracy.ndim != 2 or len(self.accuracy) != n or not (abs(self.accuracy - 0.5) <= 0.5).all():
-            raise ValueError(f"accuracy must be {n} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self.measured = accuracy is not None
+        self.accuracy = _shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
         self.gains = marginal_gains(self.accuracy, TYPICAL_NODES)
 
     @classmethod
@@ -86,9 +86,15 @@ class PromptTokens(Shared):
             token: of the Hub; None takes the one that was stored at login.
             subfolder: of the folder or repository.
             adapter_name: which adapter of a model; None takes the active one.
+
+        Raises `ValueError` also for arguments that mean nothing for that source.
         """
         if isinstance(source, nn.Module):
+            if revision or token or subfolder:
+                raise ValueError("revision, token and subfolder are of a repository: a model has its adapters at hand")
             adapter = adapter_in(source, adapter_name)
+        elif adapter_name is not None:
+            raise ValueError("adapter_name is one of a model's: of a folder or repository give the subfolder")
         else:
             adapter = read_adapter(source, revision=revision, token=token, subfolder=subfolder)
         return cls(adapter.embeddings, adapter.accuracy, adapter.identity, adapter.training)
@@ -107,7 +113,8 @@ class PromptTokens(Shared):
 
         Raises `ValueError` without an identity.
         """
-        adapter = Adapter(self.embeddings, self.accuracy.tolist(), self.identity, self.training)
+        accuracy = self.accuracy.tolist() if self.measured else None
+        adapter = Adapter(self.embeddings, accuracy, self.identity, self.training)
         write_adapter(adapter, Path(folder), model_card(adapter, results))
 
     @hookimpl
@@ -164,6 +171,22 @@ class PromptTokens(Shared):
             return best_tokens(answer.logits.float(), WIDTH)
         groups = [answer.logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
         return best_tokens(torch.stack([average(logits) for logits in groups]), WIDTH)
+
+
+def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:
+    """`accuracy` `[n, ranks]`, or a `ValueError` saying what it must be."""
+    try:
+        shares: Floats = np.asarray(accuracy, float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"accuracy must be {n} rows of as many shares each: {error}") from None
+    if (
+        shares.ndim != 2
+        or len(shares) != n
+        or not 1 <= shares.shape[1] <= RANKS
+        or not (abs(shares - 0.5) <= 0.5).all()
+    ):
+        raise ValueError(f"accuracy must be {n} rows of 1 to {RANKS} shares between 0 and 1, got {accuracy!r:.200}")
+    return shares
 
 
 def average(logits: Tensor) -> Tensor:

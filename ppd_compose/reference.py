@@ -5,16 +5,15 @@ Knows their fields and which of them can be honoured. Such files are read and ne
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+FILES = ("custom_lm_head.pt", "weighting_layers.pt", "prefix/*")  # asked for, to be refused by name
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")  # the latter is unpickled to tensors and nothing else
 KEY = "prompt_embeddings"
 OTHERS = {"custom_lm_head.pt": "an output head of its own", "weighting_layers.pt": "weighted ensembles"}
@@ -40,9 +39,9 @@ def read_reference(folder: Path, config: Mapping[str, Any]) -> Tensor:
     for fault in _cannot_be_honoured(folder, config, v):
         raise ValueError(f"{path} cannot be read: {fault}; prompt tokens are embeddings and nothing else")
     rows = _rows(folder)
-    if rows.ndim != 2 or len(rows) != n * v or not torch.is_floating_point(rows):
+    if rows.ndim != 2 or len(rows) != n * v or not rows.shape[1] or not torch.is_floating_point(rows):
         raise ValueError(f"{path} promises {n} prompt tokens of {v} embeddings, the tensor is {tuple(rows.shape)}")
-    return rows.float().view(n, v, -1)
+    return rows.float().reshape(n, v, -1)
 
 
 def _cannot_be_honoured(folder: Path, config: Mapping[str, Any], ensemble: int) -> list[str]:
@@ -70,9 +69,11 @@ def _rows(folder: Path) -> Tensor:
             held: Any = load_file(path)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # an unpickler of tensors alone raises whatever the bytes lead it to
         raise ValueError(f"{path} is no whole file of tensors ({error}): fetch the adapter again") from None
-    if not isinstance(held, dict) or not isinstance(held.get(KEY), Tensor):
+    rows = held.get(KEY) if isinstance(held, dict) else None
+    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.device.type != "cpu":
         raise ValueError(f"{path} must hold a tensor named {KEY}: it belongs to another kind of adapter")
-    rows: Tensor = held[KEY]
+    if rows.nbytes > path.stat().st_size:
+        raise ValueError(f"{path} promises a tensor of {rows.nbytes} bytes, it has fewer: fetch the adapter again")
     return rows

@@ -14,7 +14,7 @@ import numpy as np
 from .asking import Asked
 from .hookspecs import hookimpl
 from .step import Step
-from .tree import Appended, Floats, Ints, TokenTree, cut, stacked_parents
+from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_parents
 from .worth import Worth, added
 
 STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
@@ -75,8 +75,9 @@ class BestRows:
         # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
         sizes = np.union1d(np.arange(STRIDE, len(best) + 1, STRIDE), [1, len(best)])
         keep = np.sort(best[: sizes[np.argmax(net[sizes - 1])]])
-        fitted, riding = cut(tree, appended, keep)
-        self.worth.promise(step, riding, tree.stop_chances()[keep[: len(fitted)]])
+        nodes = depth_first(tree, keep[keep < len(tree)])
+        fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
+        self.worth.promise(step, riding, tree.stop_chances()[nodes])
         return fitted, riding
 
     @hookimpl

@@ -6,8 +6,11 @@ Knows `composition.json`. Each drafter reads and writes its own files in a folde
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +18,44 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .budget import Budget
 from .compose import compose
+from .evidence import Evidence
 from .identity import Identity
 from .plugins import installed
 from .sources import folder_of, read_object
 from .storage import write_text
 
 FORMAT = 1
-COMPOSITION, CALIBRATION = "composition.json", "calibration.json"
+COMPOSITION = "composition.json"
 PARTS = ("*.json", "*.safetensors")
 
 
 def save_composition(model: Any, folder: str | Path) -> None:
     """Write what `compose_from_pretrained` reads; the base's own weights are not saved, only what tells it.
 
+    A composition that was saved there before stays until the new one is whole.
+
     Args:
         model: a composed one. Plugins other than drafters are not saved.
-        folder: gets `composition.json`, `calibration.json`, and a folder for each drafter that has files.
+        folder: gets `composition.json` and a folder for each drafter that has files.
 
     Raises:
         ValueError: a drafter is of no installed kind, has files but cannot save them, or a name that is no folder's.
     """
-    target = Path(folder)
-    parts = [_saved(name, drafter, target) for name, drafter in model.plugins.drafters.items()]
+    target, drafters = Path(folder), model.plugins.drafters
+    kinds = {name: _kind(name, drafter) for name, drafter in drafters.items()}
+    before = _parts_of(target)
+    parts = [_saved(name, drafter, kinds[name], target) for name, drafter in drafters.items()]
     given = model.watch is None and model.budget is not None  # a measured one is that of this machine
     told = {
         "format_version": FORMAT,
         "base": asdict(Identity.of(model)),
         "drafters": parts,
         "budget": asdict(model.budget) if given else None,
+        "calibration": model.plugins.manager.get_plugin(Evidence.name).learnt(),
     }
-    model.save_calibration(target / CALIBRATION)
     write_text(target / COMPOSITION, json.dumps(told, indent=2) + "\n")
+    for part in before - {part["folder"] for part in parts}:
+        shutil.rmtree(target / part, ignore_errors=True)
 
 
 def compose_from_pretrained(
@@ -60,64 +70,100 @@ def compose_from_pretrained(
 
     Args:
         source: folder or Hub id.
-        base: the model to compose; loaded by the name that was saved when None.
+        base: the model to compose; loaded by the name that was saved when None, never with code of its own.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub; None takes the one that was stored at login.
         settings: arguments of `compose` that take the place of what was saved.
 
     Raises:
         FileNotFoundError: no folder or repository, or one without a composition.
-        ValueError: it is of another format, damaged, or names a kind of drafter that is not installed.
+        ValueError: it is of another format, damaged, for another base, or names a kind of drafter that is not
+            installed.
     """
     patterns = [*PARTS, *(f"*/{pattern}" for pattern in PARTS)]
     folder = folder_of(source, patterns, COMPOSITION, revision, token)
     told = read_composition(folder)
-    try:
-        identity, budget = Identity(**told["base"]), told["budget"] and Budget.of(told["budget"])
-        drafters = [_loaded(part, folder) for part in told["drafters"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / COMPOSITION} lacks a field or has one too many: {error}") from None
-    found = folder / CALIBRATION
-    kept = {"budget": budget, "calibration": found if found.is_file() else None}
-    model: Any = base if base is not None else AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto").eval()
-    return compose(model, *drafters, **{**kept, **settings})
-
-
-def _saved(name: str, drafter: Any, folder: Path) -> dict[str, Any]:
-    """Save one drafter; what is told of it."""
-    kind = next((kind for kind, made in installed().items() if type(drafter) is made), None)
-    if kind is None:
-        raise ValueError(f"drafter {name!r} is a {type(drafter).__name__}, no kind that is installed by an entry point")
-    if hasattr(type(drafter), "from_pretrained"):
-        if not hasattr(drafter, "save_pretrained"):
-            raise ValueError(f"drafter {name!r} has files of its own but no save_pretrained: save it beside")
-        if Path(name).name != name or name.startswith("."):
-            raise ValueError(f"drafter {name!r} needs a name that can be a folder's: set its `name`")
-        drafter.save_pretrained(folder / name)
-    return {"name": name, "kind": kind, "settings": getattr(drafter, "settings", {})}
-
-
-def _loaded(part: Mapping[str, Any], folder: Path) -> Any:
-    name, kind, settings = str(part["name"]), part["kind"], dict(part["settings"])
-    made = installed().get(kind)
-    if made is None:
-        raise ValueError(f"{folder / COMPOSITION} names a {kind!r}, which is not installed: install what offers it")
-    if not hasattr(made, "from_pretrained"):
-        drafter = made(**settings)
-    elif Path(name).name != name or not (folder / name).is_dir():
-        raise FileNotFoundError(f"{folder / COMPOSITION} names {name!r}, which is no folder beside it")
-    else:
-        drafter = made.from_pretrained(folder / name, **settings)
-    drafter.name = name
-    return drafter
+    identity, budget = told["base"], told["budget"]
+    drafters = [_loaded(part, folder) for part in told["drafters"]]
+    model: Any = base
+    if base is None:
+        model = AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto", trust_remote_code=False).eval()
+    if (found := Identity.of(model)).shape != identity.shape:
+        raise ValueError(f"{source} was composed for {identity}; it cannot be used on {found}")
+    return compose(model, *drafters, **{"budget": budget, "calibration": told["calibration"], **settings})
 
 
 def read_composition(folder: Path) -> dict[str, Any]:
-    """What `composition.json` says. Raises as `compose_from_pretrained`."""
+    """What `composition.json` says, base and budget as what they are. Raises as `compose_from_pretrained`."""
     path = folder / COMPOSITION
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no composition was saved there")
     told = read_object(path)
     if told.get("format_version") != FORMAT:
         raise ValueError(f"{path} has format {told.get('format_version')!r}, this version reads {FORMAT}: upgrade")
-    return told
+    try:
+        budget = None if told["budget"] is None else Budget.of(told["budget"])
+        read = {"base": Identity(**told["base"]), "budget": budget, "calibration": told["calibration"]}
+        parts = [{key: part[key] for key in ("name", "kind", "settings", "folder")} for part in told["drafters"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged, or lacks a field: {type(error).__name__} {error}") from None
+    return {**read, "drafters": parts}
+
+
+def _kind(name: str, drafter: Any) -> str:
+    """The entry point of a drafter that can be saved."""
+    kind = next((kind for kind, made in installed().items() if type(drafter) is made), None)
+    if kind is None:
+        raise ValueError(f"drafter {name!r} is a {type(drafter).__name__}, no kind that is installed by an entry point")
+    if hasattr(type(drafter), "from_pretrained") and not hasattr(drafter, "save_pretrained"):
+        raise ValueError(f"drafter {name!r} has files of its own but no save_pretrained: compose it by hand")
+    if not _is_name(name):
+        raise ValueError(f"drafter {name!r} needs a name that can be a folder's: set its `name`")
+    return kind
+
+
+def _saved(name: str, drafter: Any, kind: str, folder: Path) -> dict[str, Any]:
+    """Save one drafter into a folder that is not there yet; what is told of it."""
+    part = None
+    if hasattr(drafter, "save_pretrained"):
+        part = next(each for each in (f"{name}-{n}" if n else name for n in count()) if not (folder / each).exists())
+        drafter.save_pretrained(folder / part)
+    return {"name": name, "kind": kind, "settings": getattr(drafter, "settings", {}), "folder": part}
+
+
+def _loaded(part: Mapping[str, Any], folder: Path) -> Any:
+    path, inner = folder / COMPOSITION, part["folder"]
+    made = installed().get(part["kind"]) if isinstance(part["kind"], str) else None
+    if made is None or (hasattr(made, "from_pretrained") and not hasattr(made, "save_pretrained")):
+        raise ValueError(f"{path} names a {part['kind']!r}, which is no installed kind that can be saved")
+    if not isinstance(part["settings"], dict) or not isinstance(part["name"], str):
+        raise ValueError(f"{path} tells no name and settings of its {part['kind']}")
+    try:
+        if not hasattr(made, "from_pretrained"):
+            drafter = made(**part["settings"])
+        elif not _is_name(inner) or not (folder / inner).is_dir():
+            raise FileNotFoundError(f"{path} names {inner!r}, which is no folder beside it")
+        else:
+            drafter = made.from_pretrained(folder / inner, **part["settings"])
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{path} has settings that {part['kind']} does not take: {error}") from None
+    drafter.name = part["name"]
+    return drafter
+
+
+def _parts_of(folder: Path) -> set[str]:
+    """Folders of the composition that is there, none where there is none."""
+    with suppress(ValueError, OSError):
+        return {part["folder"] for part in read_composition(folder)["drafters"] if _is_name(part["folder"])}
+    return set()
+
+
+def _is_name(name: object) -> bool:
+    """Whether it names something in a folder and nothing elsewhere."""
+    return (
+        isinstance(name, str)
+        and name != ""
+        and Path(name).name == name
+        and not name.startswith(".")
+        and "\\" not in name
+    )

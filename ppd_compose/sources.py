@@ -6,11 +6,13 @@ Knows folders, the Hub and JSON. Does not know what any file means, and neither 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 
 
 def folder_of(
@@ -36,11 +38,31 @@ def folder_of(
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise FileNotFoundError(f"{name} is no folder: give a folder with {holding}, or a Hub id")
     wanted = [str(inner / pattern) for pattern in patterns]
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted)) / inner
+    with asking_the_hub(name, revision):
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted)) / inner
+
+
+@contextmanager
+def asking_the_hub(repo: str, revision: str | None) -> Iterator[None]:
+    """Let whatever the Hub or the way to it refuses be an `OSError` that names the repository and what can be done;
+    `FileNotFoundError` where there is none, or none that it shows."""
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, RepositoryNotFoundError) else OSError
+        where = repo if revision is None else f"{repo} at revision {revision}"
+        raise kind(
+            f"{where}: {error}; check the name, what the token may see (hf auth login) and the connection"
+        ) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises `ValueError` when it holds anything else."""
+    """The JSON object in the file `path`.
+
+    Raises `FileNotFoundError` when there is no file, and `ValueError` when it holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: fetch or save it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

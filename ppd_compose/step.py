@@ -26,7 +26,8 @@ class Answer:
 
 @dataclass
 class Step:
-    """The state of one sequence. `ids[-1]` is decided but not in the KV cache: it is the root of the next tree."""
+    """The state of one sequence, without padding. `ids[-1]` is decided but not in the KV cache: it is the root of the
+    next tree."""
 
     ids: list[int]
     vocab_size: int

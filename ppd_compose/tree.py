@@ -79,7 +79,7 @@ class TokenTree:
         return replace(self, sources=marks)
 
     def take(self, nodes: Ints) -> TokenTree:
-        """The subtree of `nodes`, which ascend, start at the root and are closed under parents."""
+        """The subtree of `nodes`, which start at the root and are closed under parents, each after its parent."""
         at = renumber(nodes, len(self))
         parents = at[self.parents[nodes]]
         return TokenTree(self.tokens[nodes], parents, self.log_probs[nodes], self.sources[nodes])
@@ -136,13 +136,29 @@ def stacked_parents(tree: TokenTree, appended: Sequence[Appended]) -> Ints:
 
 
 def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[TokenTree, list[Appended]]:
-    """Tree and appended blocks of the rows `keep` of one forward, which ascend and are closed under parents."""
+    """Tree and appended blocks of the rows `keep` of one forward, which are closed under parents, each after its
+    parent, and those of a block after those of the one before."""
     nodes, offset, kept = keep[keep < len(tree)], len(tree), []
     for rows in appended:
         mine = keep[(keep >= offset) & (keep < offset + len(rows))] - offset
         kept.append(rows.take(mine, nodes, len(tree)))
         offset += len(rows)
     return tree.take(nodes), kept
+
+
+def depth_first(tree: TokenTree, nodes: Ints) -> Ints:
+    """`nodes`, closed under parents, so that the likeliest path comes first: when that one is accepted, its keys and
+    values stand in the KV cache where they shall stay."""
+    children: dict[int, list[int]] = {}
+    for node in nodes[np.argsort(tree.log_probs[nodes], kind="stable")].tolist():
+        children.setdefault(int(tree.parents[node]), []).append(node)
+    order: list[int] = []
+    stack = [0]
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        stack += children.get(node, ())
+    return np.asarray(order, np.int64)
 
 
 def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:

@@ -138,7 +138,7 @@ def test_rows_of_nan_and_of_another_kind(saved):
     with pytest.raises(ValueError, match="NaN"):
         PromptTokens.from_pretrained(folder)
     save_file({key: torch.zeros(6, 32, dtype=torch.int64)}, folder / TENSORS)
-    with pytest.raises(ValueError, match="one tensor of floats"):
+    with pytest.raises(ValueError, match="one matrix of floats"):
         PromptTokens.from_pretrained(folder)
     save_file({"other": torch.zeros(6, 32)}, folder / TENSORS)
     with pytest.raises(ValueError, match="it holds"):

@@ -11,17 +11,21 @@ from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
 
 from ppd_compose import PromptTokens, load_drafter, shipped
+from ppd_compose.identity import Identity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_all_code_runs_in_order(monkeypatch, capsys):
+def test_all_code_runs_in_order(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     base = tiny(dtype=torch.float32)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: base)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer())
-    monkeypatch.setattr(PromptTokens, "from_pretrained", lambda *a, **k: prompt_tokens())
+    made = prompt_tokens()
+    tokens = PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(base))
+    monkeypatch.setattr(PromptTokens, "from_pretrained", lambda *a, **k: tokens)
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)

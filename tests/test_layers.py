@@ -12,12 +12,12 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
-    "budget", "logit", "sources", "evidence", "worth", "asking", "rows", "alternatives",
-    "accept", "plugins", "shipped", "drafters", "stats", "measured", "drafting", "decode",
-    "refuse", "generation", "compose", "saved", "testing", "reference", "adapter", "peft_method", "card", "hub", "top",
-    "prompt", "offline", "prompts", "replies", "loop",
+    "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
+    "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "drafting", "decode",
+    "refuse", "generation", "compose", "saved", "testing", "reference", "adapter", "peft_method", "card", "hub",
+    "top", "prompt", "offline", "prompts", "replies", "loop",
     "states", "distill", "train", "train_job", "environment", "demo_base", "loading", "options", "hub_commands",
-    "bench", "bench_job", "profile", "answer", "demo", "train_command", "cli", "__main__",
+    "bench", "trace", "bench_job", "report", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

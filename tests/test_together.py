@@ -41,6 +41,19 @@ def test_every_drafter_every_pair_and_all(family, attention):
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_padding_is_seen_by_no_drafter(name):
+    """As many forwards for a padded prompt as for the prompt, and the same tokens."""
+    base, told = tiny(), []
+    for padding in (0, 5):
+        ids = torch.cat([torch.full((1, padding), 0), prompt()], dim=1)
+        mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+        model = compose(base, MAKERS[name](base), budget=20)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, prefill_chunk_size=4)
+        told.append((out[0, padding:].tolist(), model.stats.forwards, dict(model.stats.candidates)))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_sampling_gives_the_same_draws(name):
     base = tiny()
     model = compose(base, MAKERS[name](base), budget=20)

@@ -27,7 +27,8 @@ FOREIGN = (
 
 def is_draft_folder(config: Mapping[str, Any], files: Collection[str]) -> bool:
     """Whether `config` and the names of `files` are those of a causal language model in safetensors."""
-    architectures = config.get("architectures") or []
+    told = config.get("architectures")
+    architectures = told if isinstance(told, list) else []
     # The heads of EAGLE-1 and 2 call themselves Llamas of one layer.
     alone = not any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
     eagle = config.get("num_hidden_layers") == 1 and ("bias" in config or alone)

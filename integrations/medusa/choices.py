@@ -49,7 +49,7 @@ class Choices:
         for path in known:
             if path[:-1] not in at:
                 raise ValueError(f"choices hold {list(path)} without {list(path[:-1])}: add the path that it continues")
-            if not all(isinstance(rank, int) and rank >= 0 for rank in path):
+            if not all(isinstance(rank, int) and 0 <= rank < 2**31 for rank in path):
                 raise ValueError(f"choices hold {list(path)}: a rank is a whole number from 0, the best guess")
         parents = np.asarray([-1, *(at[path[:-1]] for path in known)], np.int64)
         depths = np.asarray([len(path) - 1 for path in known], np.int64)

@@ -94,7 +94,7 @@ class MedusaHeads(Shared):
                 stored.heads, choices=choices, accuracy=own.get("accuracy"), identity=identity,
                 base_name=stored.base_name, training=own.get("training"),
             )  # fmt: skip
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"{source}: the config lacks a field of its base or has one too many: {error}") from None
 
     def save_pretrained(

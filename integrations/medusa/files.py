@@ -86,7 +86,7 @@ def recognises(config: Mapping[str, Any], files: Iterable[str]) -> bool:
     """Does a folder with this config (or {}) and these file names hold Medusa heads?"""
     return (
         config.get("model_type") == "medusa"
-        or "MedusaModel" in (config.get("architectures") or [])
+        or config.get("architectures") == ["MedusaModel"]
         or "medusa_num_heads" in config
         or any(name in NAMES[:2] for name in files)
     )
