@@ -18,6 +18,7 @@ from .sources import read_object
 from .storage import write_text
 
 WIDTH, HEIGHT, MARGIN = 640, 240, 44  # of a chart, in units of its own
+DEEPEST = 8  # depth whose acceptance is told
 NODE_WIDTH, NODE_HEIGHT = 92, 46  # of a drawn tree
 
 
@@ -48,6 +49,7 @@ def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
         "fastest": {c: max(run["by_category"][c]["speedup"] for run in runs) for c in categories},
         "gain": composition_gain(runs),
         "drafters": drafters,
+        "deepest": DEEPEST,
         "latency": [_latency(name, budget, runs) for name, budget in _different(result["budgets"]).items()],
         "acceptance": [_acceptance(run) for run in runs if run["acceptance"]],
         "traces": [_trace(name, told, drafters) for name, told in result.get("traces", {}).items()],
@@ -111,7 +113,7 @@ def _latency(name: str, told: Mapping[str, Any], runs: Sequence[Mapping[str, Any
 
 
 def _acceptance(run: Mapping[str, Any]) -> dict[str, Any]:
-    deepest = max((int(depth) for shares in run["acceptance"].values() for depth in shares), default=1)
+    deepest = min(DEEPEST, max((int(depth) for shares in run["acceptance"].values() for depth in shares), default=1))
     rows = {
         name: [float({int(d): s for d, s in shares.items()}.get(depth, 0.0)) for depth in range(1, deepest + 1)]
         for name, shares in run["acceptance"].items()
