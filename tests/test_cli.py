@@ -151,7 +151,7 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
     assert PromptTokens.from_pretrained(out).embeddings.shape == (2, 2, 32)
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nbase_model: base\n")
+    assert card.startswith('---\nbase_model: "base"\n')
     assert str(place) not in card + (out / "adapter_config.json").read_text()
 
 
