@@ -7,17 +7,29 @@ linear layers and oneDNN. Does not know decoding.
 from __future__ import annotations
 
 import copy
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 ROWS = 16  # the number of rows that weights are laid out for; others are computed from the same layout
 DTYPES = (torch.float32, torch.bfloat16)
 
-# What is remembered of a weight lives as long as the weight: its packed form, and what it was packed from.
-_packs = WeakTensorKeyDictionary()
+
+@dataclass(frozen=True)
+class _Pack:
+    """A weight, its packed form, and what that was packed from."""
+
+    weight: weakref.ref[Tensor]
+    state: tuple[int, int]
+    packed: Tensor
+
+
+# By the weight's identity, and only as long as it lives. Looked up some hundred times in a forward, so a plain
+# dictionary: torch's own of weak keys takes longer than some of the products.
+_packs: dict[int, _Pack] = {}
 
 _library = torch.library.Library("ppd_compose", "DEF")
 _library.define("linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
@@ -30,8 +42,10 @@ class PackedLinear(nn.Linear):
         """`input @ weight.T + bias`, `[..., in]` to `[..., out]`."""
         if torch.is_grad_enabled() or input.device.type != "cpu":
             return super().forward(input)
-        out: Tensor = torch.ops.ppd_compose.linear(input, self.weight, self.bias)
-        return out
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.ppd_compose.linear(input, self.weight, self.bias)
+            return out
+        return _linear(input, self.weight, self.bias)
 
 
 def pack(model: Any) -> None:
@@ -61,12 +75,19 @@ def can_pack(model: Any) -> bool:
 
 def _packed(weight: Tensor) -> Tensor:
     """The packed form of `weight`, made anew when it has changed since."""
-    state = (weight._version, weight.data_ptr())
-    known: tuple[Any, Tensor] | None = _packs.get(weight)
-    if known is None or known[0] != state:
-        known = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        _packs[weight] = known
-    return known[1]
+    state, known = (weight._version, weight.data_ptr()), _packs.get(id(weight))
+    if known is None or known.state != state or known.weight() is not weight:
+        key = id(weight)
+        mark = weakref.ref(weight, lambda gone: _forget(key, gone))
+        known = _Pack(mark, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS))
+        _packs[key] = known
+    return known.packed
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    """Drop what is kept under `key`, unless another weight took the place of the one that is gone."""
+    if key in _packs and _packs[key].weight is gone:
+        del _packs[key]
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

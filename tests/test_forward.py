@@ -1,5 +1,6 @@
 """Packed and compiled forwards: the base's tokens, its parameters, and what cannot be had."""
 
+import gc
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from test_medusa import random_heads
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 from torch import nn
 
-from ppd_compose import Budget, compose
+from ppd_compose import Budget, compose, packed
 from ppd_compose.packed import PackedLinear, can_pack
 
 PACKABLE = can_pack(tiny(dtype=torch.float32))
@@ -60,6 +61,18 @@ def test_a_weight_that_changes_is_packed_anew():
     assert torch.equal(answer(model), answer(base))
     base.lm_head.weight.data = base.lm_head.weight.data.flip(0)
     assert torch.equal(answer(model), answer(base))
+
+
+@needs_packing
+def test_packed_weights_go_when_the_base_goes():
+    kept = len(packed._packs)
+    base = tiny(dtype=torch.float32)
+    model = compose(base, budget=8, packed=True)
+    answer(model)
+    assert len(packed._packs) > kept
+    del base, model
+    gc.collect()
+    assert len(packed._packs) == kept
 
 
 @needs_packing
