@@ -65,6 +65,7 @@ def test_a_weight_that_changes_is_packed_anew():
 
 @needs_packing
 def test_packed_weights_go_when_the_base_goes():
+    gc.collect()
     kept = len(packed._packs)
     base = tiny(dtype=torch.float32)
     model = compose(base, budget=8, packed=True)
