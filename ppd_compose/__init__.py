@@ -7,7 +7,7 @@ from .drafters import load_drafter
 from .hookspecs import hookimpl
 from .peft_method import PPDConfig
 from .prompt import PromptTokens
-from .saved import compose_from_pretrained, save_composition
+from .reopened import compose_from_pretrained
 from .stats import Stats
 from .step import Answer, Step
 from .tree import Appended, TokenTree
@@ -26,5 +26,4 @@ __all__ = [
     "compose_from_pretrained",
     "hookimpl",
     "load_drafter",
-    "save_composition",
 ]

@@ -24,6 +24,7 @@ from .forward import Forward
 from .measured import Watch, measured_budget
 from .plugins import Plugins
 from .refuse import refuse_arguments, refuse_request
+from .saved import save_composition
 from .stats import Stats
 from .storage import write_text
 
@@ -79,6 +80,11 @@ class Composed:
         """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait."""
         ids = torch.zeros(1, 19, dtype=torch.long, device=self.device)
         self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+
+    def save_composition(self, folder: str | Path) -> None:
+        """Write which drafters are composed, with their files and what was learnt, for `compose_from_pretrained`; see
+        `saved.save_composition` for what is refused."""
+        save_composition(self, folder)
 
     def save_calibration(self, path: str | Path) -> None:
         """Write how far the drafters' claims can be believed, as learnt so far: for `compose(..., calibration=path)`.

@@ -1,36 +1,32 @@
 """A whole composition as a folder: which drafters with which settings, their files, budget and calibration.
 
-Knows `composition.json`. Each drafter reads and writes its own files in a folder beside it.
+Knows `composition.json`. Each drafter writes its own files in a folder beside it; how they become a model again is
+`reopened`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from .budget import Budget
-from .compose import compose
 from .evidence import Evidence
 from .identity import Identity
 from .plugins import installed
-from .sources import folder_of, read_object
+from .sources import read_object
 from .storage import write_text
 
 FORMAT = 1
 COMPOSITION = "composition.json"
-PARTS = ("*.json", "*.safetensors")
 
 
 def save_composition(model: Any, folder: str | Path) -> None:
-    """Write what `compose_from_pretrained` reads; the base's own weights are not saved, only what tells it.
+    """Write what `reopened.compose_from_pretrained` reads; the base's own weights are not saved, only what tells it.
 
     A composition that was saved there before stays until the new one is whole.
 
@@ -58,43 +54,8 @@ def save_composition(model: Any, folder: str | Path) -> None:
         shutil.rmtree(target / part, ignore_errors=True)
 
 
-def compose_from_pretrained(
-    source: str | Path,
-    base: PreTrainedModel | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    **settings: Any,
-) -> Any:
-    """Compose what `save_composition` wrote.
-
-    Args:
-        source: folder or Hub id.
-        base: the model to compose; loaded by the name that was saved when None, never with code of its own.
-        revision: branch, tag or commit of a Hub repository.
-        token: of the Hub; None takes the one that was stored at login.
-        settings: arguments of `compose` that take the place of what was saved.
-
-    Raises:
-        FileNotFoundError: no folder or repository, or one without a composition.
-        ValueError: it is of another format, damaged, for another base, or names a kind of drafter that is not
-            installed.
-    """
-    patterns = [*PARTS, *(f"*/{pattern}" for pattern in PARTS)]
-    folder = folder_of(source, patterns, COMPOSITION, revision, token)
-    told = read_composition(folder)
-    identity, budget = told["base"], told["budget"]
-    drafters = [_loaded(part, folder) for part in told["drafters"]]
-    model: Any = base
-    if base is None:
-        model = AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto", trust_remote_code=False).eval()
-    if (found := Identity.of(model)).shape != identity.shape:
-        raise ValueError(f"{source} was composed for {identity}; it cannot be used on {found}")
-    return compose(model, *drafters, **{"budget": budget, "calibration": told["calibration"], **settings})
-
-
 def read_composition(folder: Path) -> dict[str, Any]:
-    """What `composition.json` says, base and budget as what they are. Raises as `compose_from_pretrained`."""
+    """What `composition.json` says, base and budget as what they are. Raises as `reopened.compose_from_pretrained`."""
     path = folder / COMPOSITION
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no composition was saved there")
@@ -117,7 +78,7 @@ def _kind(name: str, drafter: Any) -> str:
         raise ValueError(f"drafter {name!r} is a {type(drafter).__name__}, no kind that is installed by an entry point")
     if hasattr(type(drafter), "from_pretrained") and not hasattr(drafter, "save_pretrained"):
         raise ValueError(f"drafter {name!r} has files of its own but no save_pretrained: compose it by hand")
-    if not _is_name(name):
+    if not is_name(name):
         raise ValueError(f"drafter {name!r} needs a name that can be a folder's: set its `name`")
     return kind
 
@@ -131,34 +92,14 @@ def _saved(name: str, drafter: Any, kind: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "kind": kind, "settings": getattr(drafter, "settings", {}), "folder": part}
 
 
-def _loaded(part: Mapping[str, Any], folder: Path) -> Any:
-    path, inner = folder / COMPOSITION, part["folder"]
-    made = installed().get(part["kind"]) if isinstance(part["kind"], str) else None
-    if made is None or (hasattr(made, "from_pretrained") and not hasattr(made, "save_pretrained")):
-        raise ValueError(f"{path} names a {part['kind']!r}, which is no installed kind that can be saved")
-    if not isinstance(part["settings"], dict) or not isinstance(part["name"], str):
-        raise ValueError(f"{path} tells no name and settings of its {part['kind']}")
-    try:
-        if not hasattr(made, "from_pretrained"):
-            drafter = made(**part["settings"])
-        elif not _is_name(inner) or not (folder / inner).is_dir():
-            raise FileNotFoundError(f"{path} names {inner!r}, which is no folder beside it")
-        else:
-            drafter = made.from_pretrained(folder / inner, **part["settings"])
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"{path} has settings that {part['kind']} does not take: {error}") from None
-    drafter.name = part["name"]
-    return drafter
-
-
 def _parts_of(folder: Path) -> set[str]:
     """Folders of the composition that is there, none where there is none."""
     with suppress(ValueError, OSError):
-        return {part["folder"] for part in read_composition(folder)["drafters"] if _is_name(part["folder"])}
+        return {part["folder"] for part in read_composition(folder)["drafters"] if is_name(part["folder"])}
     return set()
 
 
-def _is_name(name: object) -> bool:
+def is_name(name: object) -> bool:
     """Whether it names something in a folder and nothing elsewhere."""
     return (
         isinstance(name, str)

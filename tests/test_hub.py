@@ -25,7 +25,6 @@ from ppd_compose import (
     compose,
     compose_from_pretrained,
     load_drafter,
-    save_composition,
 )
 from ppd_compose.hub import pull_folder, push_folder
 from ppd_compose.identity import Identity
@@ -224,7 +223,7 @@ def test_a_composition_is_saved_with_all_that_it_needs(hub, tmp_path, budget):
     expected = model.generate(prompt(), max_new_tokens=12, do_sample=False)
     if budget is None:
         model.budget, model.watch = None, object()  # as if it were to be measured
-    save_composition(model, tmp_path / "saved")
+    model.save_composition(tmp_path / "saved")
     push_folder(tmp_path / "saved", "user/composed")
     for source in (tmp_path / "saved", "user/composed"):
         again = compose_from_pretrained(source, base, **({} if budget else {"budget": 12}))
@@ -243,7 +242,7 @@ def test_a_composition_finds_its_base_by_name(hub, tmp_path):
     base = tiny(dtype=torch.float32)
     base.push_to_hub("user/base")
     base = AutoModelForCausalLM.from_pretrained("user/base")
-    save_composition(compose(base, "lookup", budget=8), tmp_path / "saved")
+    compose(base, "lookup", budget=8).save_composition(tmp_path / "saved")
     model = compose_from_pretrained(tmp_path / "saved")
     expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
@@ -278,7 +277,7 @@ def part(name, kind, folder=None, **settings):
     ],
 )
 def test_a_composition_that_is_none_is_refused(tmp_path, change, error, message):
-    save_composition(compose(tiny(), "lookup", budget=8), tmp_path / "saved")
+    compose(tiny(), "lookup", budget=8).save_composition(tmp_path / "saved")
     path = tmp_path / "saved" / "composition.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(error, match=message):
@@ -289,7 +288,7 @@ def test_a_drafter_of_no_installed_kind_cannot_be_saved(tmp_path):
     from tiny import Oracle
 
     with pytest.raises(ValueError, match="'oracle' is a Oracle, no kind that is installed"):
-        save_composition(compose(tiny(), Oracle([]), budget=8), tmp_path / "saved")
+        compose(tiny(), Oracle([]), budget=8).save_composition(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -322,7 +321,7 @@ def test_generate_takes_a_repository_as_its_way_of_decoding(hub, tmp_path, monke
     monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path / "home"))
     base = tiny(dtype=torch.float32)
     if whole:
-        save_composition(compose(base, adapter(), "lookup", budget=8), tmp_path / "saved")
+        compose(base, adapter(), "lookup", budget=8).save_composition(tmp_path / "saved")
         push_folder(tmp_path / "saved", "user/decoding", custom_generate=True)
     else:
         adapter().push_to_hub("user/decoding", custom_generate=True)
@@ -356,14 +355,14 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub):
 
 def test_saving_a_composition_over_another_leaves_one_of_them(tmp_path, monkeypatch):
     base = tiny()
-    save_composition(compose(base, "lookup", budget=8), tmp_path)
+    compose(base, "lookup", budget=8).save_composition(tmp_path)
     monkeypatch.setattr("ppd_compose.saved.write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save_composition(compose(base, adapter(), "lookup", budget=8), tmp_path)
+        compose(base, adapter(), "lookup", budget=8).save_composition(tmp_path)
     assert list(compose_from_pretrained(tmp_path, base).plugins.drafters) == ["lookup"]
     monkeypatch.undo()
     for seed in (1, 2):
-        save_composition(compose(base, adapter(seed), "lookup", budget=8), tmp_path)
+        compose(base, adapter(seed), "lookup", budget=8).save_composition(tmp_path)
         ppd, _ = compose_from_pretrained(tmp_path, base).plugins.drafters.values()
         same(ppd, adapter(seed))
     assert sum(path.is_dir() for path in tmp_path.iterdir()) <= 2  # the one of the save that failed may remain

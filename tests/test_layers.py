@@ -14,8 +14,8 @@ ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "cache", "forward", "verify",
     "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "sources", "drafters", "stats", "measured", "drafting", "decode",
-    "refuse", "generation", "compose", "saved", "testing", "reference", "adapter", "peft_method", "card", "hub",
-    "top", "prompt", "offline", "prompts", "replies", "loop",
+    "refuse", "saved", "generation", "compose", "reopened", "testing", "reference", "adapter", "peft_method", "card",
+    "hub", "top", "prompt", "offline", "prompts", "replies", "loop",
     "states", "distill", "train", "train_job", "environment", "demo_base", "loading", "options", "hub_commands",
     "bench", "trace", "bench_job", "report", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
