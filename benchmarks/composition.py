@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import track
+from sweep import Forwards
 
 from ppd_compose import Budget, TokenTree, compose, hookimpl
 from ppd_compose.alternatives import AlwaysAsk, HighestClaim
-from ppd_compose.bench import Question, questions_from
+from ppd_compose.bench import Question, greedy, questions_from
 from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
 from ppd_compose.evidence import Evidence
@@ -45,21 +45,6 @@ class Trusting(BestRows):
     def __init__(self) -> None:
         super().__init__()
         self.worth.kept = lambda rows: 1.0  # type: ignore[method-assign]
-
-
-class Seconds:
-    """Observer: seconds of the forwards, by the budget."""
-
-    name = "seconds"
-
-    def __init__(self) -> None:
-        self.total = 0.0
-
-    @hookimpl
-    def observe(self, step: Any) -> None:
-        """One more forward; the prefill is not counted."""
-        if step.index > 1:
-            self.total += float(step.budget.curve(len(step.ids))[step.rows - 1])
 
 
 class Rooted:
@@ -100,12 +85,11 @@ def variants(names: Sequence[str]) -> Iterator[tuple[str, list[Any], list[Any]]]
 def decoded(base: Any, questions: Sequence[Question], tokens: int, budget: Budget, variant: Any) -> dict[str, Any]:
     """Figures of one variant over all questions."""
     name, drafters, plugins = variant
-    clock = Seconds()
-    model = compose(base, *drafters, budget=budget, plugins=[*plugins, clock], packed=True)
+    verified = Forwards()
+    model = compose(base, *drafters, budget=budget, plugins=[*plugins, verified], packed=True)
     made = forwards = rows = expected = host = 0.0
     for question in track(questions, name):
-        ids = question.ids
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        greedy(model, question.ids, tokens)
         stats = model.stats
         made, forwards, rows = made + stats.tokens, forwards + stats.forwards, rows + stats.rows
         expected, host = expected + stats.expected, host + stats.host_seconds
@@ -115,7 +99,7 @@ def decoded(base: Any, questions: Sequence[Question], tokens: int, budget: Budge
         "rows_per_forward": rows / forwards,
         "expected_over_found": expected / made,
         "host_ms_per_step": 1000 * host / forwards,
-        "tokens_per_second": (made - len(questions)) / (clock.total + host),
+        "tokens_per_second": verified.tokens / (verified.seconds(budget) + host),
     }
 
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import track
 
 from ppd_compose import Budget, compose, hookimpl
-from ppd_compose.bench import Question, questions_from
+from ppd_compose.bench import Question, greedy, questions_from
 from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
 from ppd_compose.loading import load_base
@@ -42,9 +41,13 @@ class Forwards:
             self.made.append((len(step.ids) - len(step.path), step.rows))
             self.tokens += len(step.path)
 
+    def seconds(self, curve: Budget) -> float:
+        """What the forwards took by `curve`."""
+        return sum(float(curve.curve(context)[rows - 1]) for context, rows in self.made)
+
     def rate(self, curve: Budget) -> float:
         """Tokens per second by `curve`."""
-        return self.tokens / sum(float(curve.curve(context)[rows - 1]) for context, rows in self.made)
+        return self.tokens / self.seconds(curve)
 
     def summary(self) -> dict[str, float]:
         """Tokens and rows a forward."""
@@ -57,8 +60,7 @@ def decoded(base: Any, drafters: list[Any], budget: Budget | int, asked: Sequenc
     forwards = Forwards()
     model = compose(base, *drafters, budget=budget, plugins=[forwards], packed=True)
     for question in track(asked, f"{'+'.join(d.name for d in drafters)}, {budget if isinstance(budget, int) else ''}"):
-        mask = torch.ones_like(question.ids)
-        model.generate(question.ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+        greedy(model, question.ids, tokens)
     return forwards
 
 

@@ -92,7 +92,7 @@ def run(
     """
     answers = {name: [Answered(q.category, q.ids.shape[1]) for q in questions] for name in contenders}
     for model in contenders.values():
-        _generate(model, questions[0].ids, 16)
+        greedy(model, questions[0].ids, 16)
     names = list(contenders)
     for number, question in enumerate(questions):
         for turn in range(rounds):
@@ -100,13 +100,14 @@ def run(
             for name in names[shift:] + names[:shift]:
                 answer = answers[name][number]
                 begin = time.perf_counter()
-                answer.ids = _generate(contenders[name], question.ids, max_new_tokens)
+                answer.ids = greedy(contenders[name], question.ids, max_new_tokens)
                 answer.seconds.append(time.perf_counter() - begin)
                 answer.stats = getattr(contenders[name], "stats", None)
                 yield name, number, answer
 
 
-def _generate(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
+def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
+    """Prompt and greedy answer to `ids` `[1, length]`, wherever `model` is."""
     mask = torch.ones_like(ids)
     out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
                          max_new_tokens=max_new_tokens)  # fmt: skip

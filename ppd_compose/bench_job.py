@@ -62,7 +62,7 @@ def bench(
             answers[name][number] = answer
             progress.advance(task)
     traces = {
-        name: traced(model, loaded.tokenizer, questions[0].ids.to(model.device), min(max_new_tokens, TRACED))
+        name: traced(model, loaded.tokenizer, questions[0].ids, min(max_new_tokens, TRACED))
         for name, model in composed.items()
         if hasattr(model, "plugins")
     }

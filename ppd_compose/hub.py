@@ -81,7 +81,7 @@ def push_folder(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the one that a drafter or composition was saved to")
-    files: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in _shared_files(folder)}
+    files: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in _to_upload(folder)}
     hub, message = HfApi(token=token), commit_message or "Upload by ppd_compose"
     with asking_the_hub(repo_id, revision):
         repo_id = _repository(hub, repo_id, private, None if create_pr else revision)
@@ -104,18 +104,25 @@ def _repository(hub: HfApi, repo_id: str, private: bool | None, branch: str | No
     return made
 
 
-def _shared_files(folder: Path) -> list[Path]:
+def _to_upload(folder: Path) -> list[Path]:
     """What is uploaded; a `ValueError` for links that lead out, and for weights that would stay behind."""
-    inside = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-    for path in inside:
+    for path in _visible(folder):
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} leads out of {folder}: replace the link by the file, if it is to be uploaded")
         if path.suffix in PICKLES and not any(path.parent.glob("*.safetensors")):
             raise ValueError(f"{path} is a pickle, which is not uploaded: save it as safetensors first")
-    found = [path for path in inside if path.is_file() and any(path.match(pattern) for pattern in SHARED)]
-    if not found:
+    if not (found := _shared_files(folder)):
         raise ValueError(f"{folder} holds nothing to upload: expected files {', '.join(SHARED)}")
-    return sorted(found)
+    return found
+
+
+def _shared_files(folder: Path) -> list[Path]:
+    return sorted(path for path in _visible(folder) if path.is_file() and any(map(path.match, SHARED)))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All in `folder` that is neither hidden nor in something hidden."""
+    return [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
 
 
 def pull_folder(repo_id: str, folder: Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -131,9 +138,8 @@ def pull_folder(repo_id: str, folder: Path, *, revision: str | None = None, toke
         fetched = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(SHARED)))
     with staged_folder(folder) as staging:
         # The snapshot is one of links into the cache, and may hold more than was asked for this time.
-        for path in fetched.rglob("*"):
-            if path.is_file() and any(path.match(pattern) for pattern in SHARED):
-                place = staging / path.relative_to(fetched)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, place)
+        for path in _shared_files(fetched):
+            place = staging / path.relative_to(fetched)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
     return folder

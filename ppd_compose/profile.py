@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from .bench import Question
+from .bench import Question, greedy
 from .budget import Budget
 from .environment import environment
 from .measured import measured_budget
@@ -36,8 +35,7 @@ def profile(model: Any, questions: Sequence[Question], tokens: int, again: bool,
     seconds: Counter[str] = Counter()
     forwards = 0
     for question in questions:
-        ids = question.ids.to(model.device)
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        greedy(model, question.ids, tokens)
         seconds.update(model.stats.seconds)
         forwards += model.stats.forwards
     stages = {stage: 1000 * spent / max(forwards, 1) for stage, spent in seconds.items() if stage != "prefill"}

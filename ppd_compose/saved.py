@@ -64,7 +64,8 @@ def read_composition(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {told.get('format_version')!r}, this version reads {FORMAT}: upgrade")
     try:
         budget = None if told["budget"] is None else Budget.of(told["budget"])
-        read = {"base": Identity(**told["base"]), "budget": budget, "calibration": told["calibration"]}
+        # Plain data and no name of a file, which whoever made the folder could choose.
+        read = {"base": Identity(**told["base"]), "budget": budget, "calibration": {**told["calibration"]}}
         parts = [{key: part[key] for key in ("name", "kind", "settings", "folder")} for part in told["drafters"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged, or lacks a field: {type(error).__name__} {error}") from None

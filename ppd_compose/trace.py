@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .bench import greedy
 from .hookspecs import hookimpl
 from .step import Step
 
@@ -62,12 +63,12 @@ class Trace:
         return [name for bit, name in enumerate(step.drafters) if sources >> bit & 1]
 
 
-def traced(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, max_new_tokens: int) -> dict[str, Any]:
+def traced(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Tensor, max_new_tokens: int) -> dict[str, Any]:
     """The tokens of one greedy answer of a composed `model` to `ids` `[1, length]`, and its widest step."""
     trace = Trace(tokenizer)
     model.plugins.manager.register(trace)
     try:
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+        greedy(model, ids, max_new_tokens)
     finally:
         model.plugins.manager.unregister(trace)
     accepted = [sum(node["accepted"] for node in step["nodes"]) for step in trace.steps]

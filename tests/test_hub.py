@@ -14,6 +14,8 @@ from loopback import TOKEN, Hub
 from peft import PeftModel, get_peft_model
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.medusa import MedusaHeads
+from safetensors.torch import load_file
+from test_eagle import eagle
 from test_medusa import random_heads
 from tiny import prompt, prompt_tokens, tiny
 from transformers import AutoModelForCausalLM
@@ -80,6 +82,17 @@ def test_push_and_pull_is_bit_for_bit_by_every_client(hub, tmp_path):
         native.load_adapter("user/adapter")
     for model in (peft, auto, native):
         assert torch.equal(PromptTokens.from_pretrained(model).embeddings, rows)
+
+
+@pytest.mark.parametrize("make", [lambda: MedusaHeads(random_heads(), base_name="user/base"), eagle])
+def test_heads_are_pushed_and_load_again(hub, tmp_path, make):
+    heads = make()
+    heads.push_to_hub("user/heads")
+    heads.save_pretrained(tmp_path / "here")
+    load_drafter("user/heads").save_pretrained(tmp_path / "there")
+    tensors = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("here", "there")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
 
 def test_what_peft_pushes_is_read_here(hub):
@@ -274,6 +287,8 @@ def part(name, kind, folder=None, **settings):
         ({"base": {"name": 5, "hidden_size": 32, "vocab_size": 61, "fingerprint": "x"}}, ValueError, "must be a text"),
         ({"base": {"name": "o", "hidden_size": 9, "vocab_size": 61, "fingerprint": "x"}}, ValueError, "composed for o"),
         ({"calibration": {"drafters": ["other"]}}, ValueError, "was learnt with drafters"),
+        ({"calibration": "/etc/hostname"}, ValueError, "lacks a field"),
+        ({"calibration": None}, ValueError, "lacks a field"),
     ],
 )
 def test_a_composition_that_is_none_is_refused(tmp_path, change, error, message):
