@@ -5,26 +5,23 @@ Knows the format and refuses what is not it. Nothing is unpickled or executed. D
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .identity import Identity
+from .paired import CARD, DIGEST, digest_of, kept_in, write_pair
 from .reference import FILES as REFERENCE_FILES
 from .reference import TENSORS as REFERENCE_TENSORS
 from .reference import is_reference, read_reference
 from .sources import folder_of, read_object
-from .storage import staged_file, write_text
 
 FORMAT = 1
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIX = "ppd_embeddings"
 MOST = 256  # prompt tokens, or embeddings of each
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,9 +38,8 @@ class Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
-    """Write `adapter` and its card to `folder`; each file is replaced whole, the config last.
+    """Write `adapter` and its card to `folder`, whole or not at all.
 
-    The tensors' file holds the config too: a save that is cut off between the two leaves the new adapter, no mixture.
     Raises `ValueError` for an adapter that names no base.
     """
     n, v, _ = adapter.embeddings.shape
@@ -61,13 +57,9 @@ def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
         "accuracy": adapter.accuracy,
         "training": adapter.training,
     }
-    rows = adapter.embeddings.flatten(0, 1).float().cpu().contiguous()
-    config["digest"] = _digest(rows)
-    with staged_file(folder / TENSORS) as staging:
-        metadata = {"format": "pt", CONFIG: json.dumps(config)}
-        save_file({f"base_model.model.{adapter.identity.embedding}.{SUFFIX}": rows}, staging, metadata)
-    write_text(folder / CARD, card)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    rows = adapter.embeddings.flatten(0, 1).float()
+    name = f"base_model.model.{adapter.identity.embedding}.{SUFFIX}"
+    write_pair({name: rows}, folder / TENSORS, config, CONFIG, card)
 
 
 def read_adapter(
@@ -84,9 +76,9 @@ def read_adapter(
     config = _read_config(folder / CONFIG)
     if is_reference(config):
         return Adapter(read_reference(folder, config), None, None)
-    rows, inner = _read_rows(folder)
-    if config.get("digest") != _digest(rows):
-        config = _of_these_rows(config, rows, inner, folder)
+    rows = _read_rows(folder)
+    if config.get(DIGEST) != digest_of({SUFFIX: rows}):
+        config = _of_these_rows(config, rows, folder)
     n, v, accuracy, identity = _fields(folder / CONFIG, config)
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
@@ -106,20 +98,13 @@ def check_counts(n: object, v: object) -> None:
             raise ValueError(f"{name} is more than {MOST}: no forward has so many rows")
 
 
-def _digest(rows: Tensor) -> str:
-    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
-def _of_these_rows(config: dict[str, Any], rows: Tensor, inner: str | None, folder: Path) -> dict[str, Any]:
+def _of_these_rows(config: dict[str, Any], rows: Tensor, folder: Path) -> dict[str, Any]:
     """The config that the tensors' file holds, where it is that of the rows and the one beside it is not: a save was
     cut off. One that belongs to no rows in particular, such as PEFT's, otherwise stays."""
-    try:
-        kept = json.loads(inner or "{}")
-    except (ValueError, RecursionError):
-        kept = {}
-    if isinstance(kept, dict) and kept.get("digest") == _digest(rows):
+    kept = kept_in(folder / TENSORS, CONFIG)
+    if kept.get(DIGEST) == digest_of({SUFFIX: rows}):
         return _checked(kept, folder / TENSORS)
-    if config.get("digest") is None:
+    if config.get(DIGEST) is None:
         return config
     raise ValueError(f"{folder / CONFIG} belongs to other rows than {TENSORS} holds: fetch or save the adapter again")
 
@@ -151,8 +136,7 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[flo
     return n, v, accuracy, identity
 
 
-def _read_rows(folder: Path) -> tuple[Tensor, str | None]:
-    """The rows, and the config that their file holds."""
+def _read_rows(folder: Path) -> Tensor:
     path = folder / TENSORS
     if not path.is_file():
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
@@ -162,10 +146,9 @@ def _read_rows(folder: Path) -> tuple[Tensor, str | None]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             mine = [name for name in names if name.endswith(SUFFIX)]
-            rows = file.get_tensor(mine[0]) if len(mine) == 1 else None
-            inner = (file.metadata() or {}).get(CONFIG)
+            rows: Tensor | None = file.get_tensor(mine[0]) if len(mine) == 1 else None
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
     if rows is None or rows.dtype not in FLOATS or rows.ndim != 2:
         raise ValueError(f"{path} must hold one matrix of floats named ...{SUFFIX}, it holds {sorted(names)}")
-    return rows.float(), inner
+    return rows.float()

@@ -81,7 +81,8 @@ class PPDEmbedding(nn.Module, BaseTunerLayer):
 class PPDModel(BaseTuner):
     """Puts a `PPDEmbedding` in the place of the input embedding; everything else is PEFT's."""
 
-    prefix = "ppd_"
+    # Told from others by this; PEFT takes no adapter's name that is a part of it, and "ppd" is a likely one.
+    prefix = "pd_embeddings"
     tuner_layer_cls = PPDEmbedding
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
@@ -159,7 +160,7 @@ def _register() -> None:
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
     type.__setattr__(PeftType, NAME, member)
-    register_peft_method(name=NAME.lower(), config_cls=PPDConfig, model_cls=PPDModel)
+    register_peft_method(name=NAME.lower(), config_cls=PPDConfig, model_cls=PPDModel, prefix=PPDModel.prefix)
 
 
 _register()

@@ -1,7 +1,10 @@
-"""One thread and a cache of its own for every test run."""
+"""One thread and a cache of its own for every test run, and a Hub for those that share."""
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import close_session, constants
+from loopback import TOKEN, Hub
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,3 +15,23 @@ def _quiet(tmp_path_factory):
     patch.setenv("HF_HUB_OFFLINE", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub, and clients in this process that know no other; its user is logged in."""
+    close_session()
+    with Hub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        url = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # clients wait before they try again
+        yield served
+        close_session()

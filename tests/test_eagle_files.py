@@ -262,6 +262,9 @@ def test_maps_that_contradict_themselves(tmp_path):
 def test_files_that_are_no_head(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         read_head(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors.index.json"):
+        read_head(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         read_head(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -271,9 +274,6 @@ def test_files_that_are_no_head(tmp_path):
     with pytest.raises(ValueError, match="holds list"):
         read_head(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(FLAT))
-    with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors.index.json"):
-        read_head(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="is no whole file of tensors"):
         read_head(tmp_path)
     save_file({"0.weight": torch.ones(2)}, tmp_path / "model.safetensors")

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import warnings
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants
-from loopback import TOKEN, Hub
+from loopback import TOKEN
 from peft import PeftModel, get_peft_model
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.medusa import MedusaHeads
@@ -30,26 +29,6 @@ from ppd_compose import (
 )
 from ppd_compose.hub import pull_folder, push_folder
 from ppd_compose.identity import Identity
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub, and clients in this process that know no other; its user is logged in."""
-    close_session()
-    with Hub() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        url = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # clients wait before they try again
-        yield served
-        close_session()
 
 
 def adapter(seed=0, n=3, name="user/base"):
@@ -270,7 +249,6 @@ def part(name, kind, folder=None, **settings):
     [
         ({"format_version": 2}, ValueError, "has format 2"),
         ({"drafters": [part("x", "unheard-of")]}, ValueError, "'unheard-of', which is no installed kind"),
-        ({"drafters": [part("x", "draft-model")]}, ValueError, "no installed kind that can be saved"),
         ({"drafters": [part("x", "ppd", folder="../../x")]}, FileNotFoundError, "no folder beside it"),
         ({"drafters": [part("x", "ppd", folder="..")]}, FileNotFoundError, "no folder beside it"),
         ({"drafters": [part("x", "ppd", folder="")]}, FileNotFoundError, "no folder beside it"),

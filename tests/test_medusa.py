@@ -421,11 +421,13 @@ def test_folders_without_heads(tmp_path):
         MedusaHeads.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="is no folder: give a folder with"):
         MedusaHeads.from_pretrained("./nowhere")
+    (tmp_path / "medusa_lm_head.safetensors").touch()
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config.json"):
             MedusaHeads.from_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
+    for name in ("config.json", "medusa_lm_head.safetensors"):
+        (tmp_path / name).unlink()
     outside = '{"weight_map": {"blocks.0.layers.0.weight": "../model.safetensors"}}'
     for text in ("{", "{}", "[]", '{"weight_map": 3}', outside):
         (tmp_path / "model.safetensors.index.json").write_text(text)

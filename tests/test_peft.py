@@ -101,6 +101,18 @@ def test_what_we_save_peft_loads_and_what_peft_saves_again_is_the_same(folder):
     assert first.identity == second.identity
 
 
+@pytest.mark.parametrize("name", ["ppd", "ppd_embeddings", "embed_tokens", "model", "one-two_3"])
+def test_an_adapter_may_have_any_name(folder, name):
+    model = get_peft_model(loaded(folder), PPDConfig(num_prompt_tokens=2), adapter_name=name)
+    with torch.no_grad():
+        rows_of(model, name).normal_()
+    model.save_pretrained(folder / "saved")
+    again = PeftModel.from_pretrained(loaded(folder), folder / "saved" / name, adapter_name=name)
+    assert torch.equal(rows_of(again, name), rows_of(model, name))
+    assert torch.equal(PromptTokens.from_pretrained(again).embeddings.flatten(0, 1), rows_of(model, name))
+    assert torch.equal(PromptTokens.from_pretrained(folder / "saved" / name).embeddings[:, 0], rows_of(model, name))
+
+
 def test_several_adapters_are_switched_deleted_disabled_and_unloaded(folder):
     for name, seed in (("one", 1), ("two", 2)):
         model = peft_model(loaded(folder), seed)

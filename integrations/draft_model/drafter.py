@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
+from ppd_compose.hub import Shared
 
-from .files import is_draft_folder, load_draft
+from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
 from .fitting import compare_vocabularies, refuse_draft
 from .growth import Growth
 from .reading import Reading
 from .shared import shared_token, usual_depth
 
 
-class DraftModel:
+class DraftModel(Shared):
     """Drafter: any smaller causal LM with the base's vocabulary (speculative decoding, arXiv 2211.17192).
 
     A step looks ahead in `forwards` forwards of the draft model. The first reads what is new and expects the next
@@ -73,7 +74,11 @@ class DraftModel:
         self.prompt_tokens, self.tokenizer, self.shared = prompt_tokens, tokenizer, shared_token(model.config)
         self.n = len(prompt_tokens.embeddings) if prompt_tokens else 0 if self.shared is None else self.depth - 1
         self.follows = False  # to the device of the base
+        self.origin: Origin | None = None
         self.forwards = forwards or self._usual_forwards()
+        self.settings = {
+            "depth": self.depth, "width": width, "forwards": self.forwards, "dtype": str(model.dtype).split(".")[-1],
+        }  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -90,7 +95,8 @@ class DraftModel:
         prompt_tokens: PromptTokens | None = None,
         forwards: int | None = None,
     ) -> DraftModel:
-        """Load a draft model, and its tokenizer where there is one, from a folder or the Hub; safetensors only.
+        """Load a draft model, with its tokenizer and prompt tokens where there are, from a folder or the Hub;
+        safetensors only.
 
         Args:
             source: folder or Hub id.
@@ -105,11 +111,18 @@ class DraftModel:
             FileNotFoundError: no folder or repository, or one without safetensors.
             ValueError: the files are no causal language model.
         """
-        model: Any
-        model, found = load_draft(source, revision=revision, token=token, dtype=dtype or "auto")
-        drafter = cls(model.to(device or "cpu"), depth, width, prompt_tokens, forwards, tokenizer or found)
-        drafter.follows = device is None
+        found = load_draft(source, revision=revision, token=token, dtype=dtype or "auto")
+        model, prompts = found.model.to(device or "cpu"), prompt_tokens or found.prompt_tokens
+        drafter = cls(model, depth, width, prompts, forwards, tokenizer or found.tokenizer)
+        drafter.follows, drafter.origin = device is None, found.origin
         return drafter
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the draft model with its tokenizer and prompt tokens; see `files.save_draft` for what is refused.
+
+        Of weights that `from_pretrained` took from the Hub only the repository and its commit are written.
+        """
+        save_draft(Draft(self.model, self.tokenizer, self.prompt_tokens, self.origin), Path(folder))
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: Collection[str]) -> bool:

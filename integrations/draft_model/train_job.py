@@ -72,7 +72,8 @@ def train_pard(
     folder = draft_folder(draft)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
-    model, own = load_draft(folder, dtype=torch.float32)
+    found = load_draft(folder, dtype=torch.float32)
+    model, own = found.model, found.tokenizer
     refuse_draft(model)
     compare_vocabularies(model, base, own)
     known = None if token is not None else shared_token(model.config)

@@ -21,6 +21,9 @@ OPTIONAL = (
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta",
     "rope_scaling", "rope_parameters",
 )  # fmt: skip
+WHOLE = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "draft_vocab_size", "target_hidden_size")
+NUMBERS = ("rms_norm_eps", "rope_theta")
+OF_KIND = {"rope_scaling": dict, "rope_parameters": dict, "eagle_config": dict, "hidden_act": str, "layer_types": list}
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,24 @@ def _layer_fields(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not isinstance(layer, Mapping):
         raise ValueError(f"{where} has no transformer_layer_config: a speculators configuration describes its layer so")
     for name in SIZES:
-        if not isinstance(layer.get(name), int) or isinstance(layer.get(name), bool) or layer[name] < 1:
+        if layer.get(name) is None:
             raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {layer.get(name)!r}")
+    _check_kinds({**layer, **raw}, where)
     return layer
+
+
+def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for a field that is there and is not of its kind."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in WHOLE:
+        if type(given.get(name, 1)) is not int or not 1 <= given.get(name, 1) < 2**31:
+            raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {given[name]!r:.60}")
+    for name in NUMBERS:
+        if type(given.get(name, 1)) not in (int, float) or not 0 < given.get(name, 1) < float("inf"):
+            raise ValueError(f"{where}: {name} must be a number above 0, got {given[name]!r:.60}")
+    for name, kind in OF_KIND.items():
+        if not isinstance(given.get(name, kind()), kind):
+            raise ValueError(f"{where}: {name} must be a {kind.__name__}, got {given[name]!r:.60}")
 
 
 def _layers(raw: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
@@ -122,12 +140,12 @@ def _layers(raw: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     their ids in `eagle_config`, name the layer whose output is meant, which is the input of the next.
     """
     nested = (raw.get("eagle_config") or {}).get(LAYER_IDS)
-    ids = raw.get(LAYER_IDS) or ([i + 1 for i in nested] if nested else None)
-    if ids is None:
+    ids = raw.get(LAYER_IDS) or nested
+    if not ids:
         return None
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ValueError(f"{where} names the hidden states {ids!r}: they must be layer numbers of at least 0")
-    return tuple(ids)
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{where} names the hidden states {ids!r:.60}: they must be layer numbers of at least 0")
+    return tuple(ids if raw.get(LAYER_IDS) else (i + 1 for i in ids))
 
 
 def _biases(layer: Mapping[str, Any], names: Collection[str], version: int) -> frozenset[str]:

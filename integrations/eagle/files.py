@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ppd_compose.identity import Identity
-from ppd_compose.sources import folder_of, read_object, read_shards
+from ppd_compose.paired import CARD, read_pair
+from ppd_compose.sources import folder_of, read_shards
 
 from .config import OWN, EagleConfig, parse
-from .head import CARD, CONFIG, D2T, EMBEDDING, FORMAT, KIND, LM_HEAD, T2D, TENSORS, Head
+from .head import CONFIG, D2T, EMBEDDING, FORMAT, KIND, LM_HEAD, T2D, TENSORS, Head
 from .network import DraftNetwork
 
 SOURCES = (f"{TENSORS}.index.json", TENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -37,10 +38,11 @@ def read_head(source: str | Path, *, revision: str | None = None, token: str | N
         ValueError: a file is damaged or no EAGLE head, or asks for what a head here cannot do.
     """
     folder = _folder(source, revision, token)
-    if not (folder / CONFIG).is_file():
+    path = _place(folder)
+    raw = read_pair(path, CONFIG)
+    if not raw:
         raise FileNotFoundError(f"{folder / CONFIG} is missing: an EAGLE head is a folder with {CONFIG} and {TENSORS}")
-    raw = read_object(folder / CONFIG)
-    tensors, path = _tensors(folder)
+    tensors = _tensors(path)
     config = parse(raw, set(tensors), str(folder / CONFIG))
     network = _network(tensors, config, path)
     own = raw.get(OWN) or {}
@@ -82,11 +84,16 @@ def _folder(source: str | Path, revision: str | None, token: str | None) -> Path
     return folder
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a head under the names of `DraftNetwork`, and the file to be named in what is said of them."""
+def _place(folder: Path) -> Path:
+    """The file of tensors, or the index of several."""
     path = next((folder / name for name in SOURCES if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(SOURCES)}: fetch or save the head again")
+    return path
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a head under the names of `DraftNetwork`."""
     found = dict(_sharded(path) if path.name.endswith(".index.json") else _read(path))
     if not any(name.startswith(("midlayer.", "layers.0.")) for name in found):
         raise ValueError(f"{path} holds no draft layer (midlayer.* or layers.0.*), it is no EAGLE head: {_some(found)}")
@@ -96,7 +103,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
             name = f"layer.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
         if name not in COPIES:
             renamed[name] = tensor
-    return renamed, path
+    return renamed
 
 
 def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:

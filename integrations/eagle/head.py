@@ -5,23 +5,21 @@ Knows file and tensor names. Does not know other layouts, nor what the tensors c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ppd_compose.identity import Identity
-from ppd_compose.storage import staged_file, write_text
+from ppd_compose.paired import write_pair
 
 from .config import LAYER_IDS, OWN, EagleConfig
 
 KIND, FORMAT = "eagle", 1
-CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, TENSORS = "config.json", "model.safetensors"
 EMBEDDING, LM_HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
 
 
@@ -39,8 +37,8 @@ class Head:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_head(head: Head, folder: Path, *, card: str | None = None) -> None:
-    """Write `head` in the official layout of its version, our facts in the configuration; the config comes last."""
+def write_head(head: Head, folder: Path, *, card: str = "") -> None:
+    """Write `head` in the official layout of its version, our facts in the configuration; whole or not at all."""
     config, prefix = head.config, "midlayer." if head.config.version == 3 else "layers.0."
     tensors = {prefix + n.removeprefix("layer.") if n.startswith("layer.") else n: t for n, t in head.network.items()}
     tensors |= {n: t for n, t in ((EMBEDDING, head.embedding), (LM_HEAD, head.lm_head)) if t is not None}
@@ -48,11 +46,7 @@ def write_head(head: Head, folder: Path, *, card: str | None = None) -> None:
         chosen = torch.zeros(config.vocab_size, dtype=torch.bool)
         chosen[head.target_ids] = True
         tensors |= {D2T: head.target_ids - torch.arange(len(head.target_ids)), T2D: chosen}
-    with staged_file(folder / TENSORS) as staging:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging, {"format": "pt"})
-    if card is not None:
-        write_text(folder / CARD, card)
-    write_text(folder / CONFIG, json.dumps(_plain(head), indent=2) + "\n")
+    write_pair(tensors, folder / TENSORS, _plain(head), CONFIG, card)
 
 
 def _plain(head: Head) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class MedusaHeads(Shared):
         layout: str = "official",
         dtype: torch.dtype | None = None,
         base: PreTrainedModel | None = None,
-        card: str | None = None,
+        card: str = "",
     ) -> None:
         """Write config and tensors.
 

@@ -6,7 +6,6 @@ of them tensors alone.
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ppd_compose.sources import folder_of, read_object, read_shards
-from ppd_compose.storage import staged_file, write_text
+from ppd_compose.paired import read_pair, write_pair
+from ppd_compose.sources import folder_of, read_shards
 
 from .heads import Heads
 from .layouts import read_tensors, wanted, write_tensors
@@ -49,7 +47,8 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
         ValueError: a file is damaged or holds other tensors than its layout and config promise.
     """
     folder = _folder(source, revision, token)
-    config, path = read_config(folder), _heads_file(folder)
+    path = _heads_file(folder)
+    config = read_pair(path, CONFIG)
     layout, heads = read_tensors(_load(path), str(path), one_output=bool(config.get("original_lm_head")))
     _check_config(config, heads, layout, folder / CONFIG)
     own = config.get(OWN, {})
@@ -65,8 +64,8 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
     return Stored(heads, str(config.get("base_model_name_or_path") or ""), own)
 
 
-def write_folder(stored: Stored, folder: Path, layout: str, card: str | None = None) -> None:
-    """Write `stored` to `folder`; each file is replaced whole, the config last.
+def write_folder(stored: Stored, folder: Path, layout: str, card: str = "") -> None:
+    """Write `stored` and its card to `folder`, whole or not at all.
 
     Raises `ValueError` when `folder` holds other heads, which would be read instead.
     """
@@ -75,11 +74,7 @@ def write_folder(stored: Stored, folder: Path, layout: str, card: str | None = N
         raise ValueError(f"{folder} holds {others[0]}, which would be read instead of {name}: give another folder")
     tensors = write_tensors(stored.heads, layout)
     config = {"official": _official, "vllm": _vllm}[layout](stored)
-    with staged_file(folder / name) as staging:
-        save_file(tensors, staging, {"format": "pt"})
-    if card is not None:
-        write_text(folder / "README.md", card)
-    write_text(folder / CONFIG, json.dumps({**config, OWN: dict(stored.own)}, indent=2) + "\n")
+    write_pair(tensors, folder / name, {**config, OWN: dict(stored.own)}, CONFIG, card)
 
 
 def recognises(config: Mapping[str, Any], files: Iterable[str]) -> bool:
@@ -90,12 +85,6 @@ def recognises(config: Mapping[str, Any], files: Iterable[str]) -> bool:
         or "medusa_num_heads" in config
         or any(name in NAMES[:2] for name in files)
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config, {} without one: heads alone need none."""
-    path = folder / CONFIG
-    return read_object(path) if path.is_file() else {}
 
 
 def _official(stored: Stored) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Tensors and the configuration beside them: two files that are one save, also where the save was cut off between.
+
+The tensors' file holds the configuration too. Knows the two files and who belongs to whom. Does not know what they say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .sources import read_object
+from .storage import staged_file, write_text
+
+DIGEST = "digest"  # of the tensors, in both copies of the configuration
+CARD = "README.md"
+
+
+def write_pair(tensors: Mapping[str, Tensor], place: Path, config: Mapping[str, Any], beside: str, card: str) -> None:
+    """Write `tensors` to `place`, and to its folder `card` and, as the file `beside`, `config`; each replaced whole.
+
+    The tensors come first and the configuration last: a save that is cut off in between leaves the new one, no mixture.
+    An empty `card` leaves the one that is there.
+    """
+    every = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    told = {**config, DIGEST: digest_of(every)}
+    with staged_file(place) as staging:
+        save_file(every, staging, {beside: json.dumps(told)})  # one entry: safetensors orders several at random
+    if card:
+        write_text(place.parent / CARD, card)
+    write_text(place.parent / beside, json.dumps(told, indent=2) + "\n")
+
+
+def read_pair(place: Path, beside: str) -> dict[str, Any]:
+    """The configuration of the tensors in `place`: what is beside them, unless their own file says that this belongs to
+    others. {} where there is none at all.
+
+    Raises `ValueError` for a configuration that is not JSON.
+    """
+    told = read_object(place.parent / beside) if (place.parent / beside).is_file() else {}
+    kept = kept_in(place, beside)
+    return kept if kept.get(DIGEST) not in (None, told.get(DIGEST)) else told
+
+
+def kept_in(place: Path, beside: str) -> dict[str, Any]:
+    """The configuration that a safetensors file holds, {} where it holds none or is no such file."""
+    if place.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(place, "pt") as file:
+            kept = json.loads((file.metadata() or {}).get(beside, "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}  # whoever reads its tensors says what is wrong
+    return kept if isinstance(kept, dict) else {}
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Tells `tensors` from others by their numbers, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
