@@ -52,7 +52,6 @@ class Decoding:
 
     def __init__(self, model: Any, plugins: Plugins, stats: Stats, request: Request) -> None:
         self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
-        self.forward = forward_of(model)
         self.hook = plugins.hook
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         self.drafting = Drafting(plugins, stats)
@@ -72,6 +71,7 @@ class Decoding:
             verified = self.prefill()
         # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
         with recording(self.request.cache):
+            self.forward = forward_of(self.model)  # only now, see `grouped`
             self.forward.lay_out(self.request.cache)
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)

@@ -5,13 +5,15 @@ Knows the ways and what each asks of a forward. Does not know trees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
+from .grouped import group, grouped
 from .packed import PackedLinear, can_pack, pack
 
 
@@ -49,6 +51,9 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Fo
 
     Raises `ValueError` when weights cannot be packed here.
     """
+    if packed or compile:
+        _own_modules(model)
+        group(model)
     if packed or (compile and can_pack(model)):
         pack(model)
     if not compile:
@@ -61,5 +66,15 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Fo
 
 
 def forward_of(model: Any) -> Forward:
-    """The way that `model` was composed with; a model that was not composed computes as it does."""
-    return vars(model).get("forwards") or Forward(model)
+    """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does."""
+    forward: Forward = vars(model).get("forwards") or Forward(model)
+    return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
+
+
+def _own_modules(model: Any) -> None:
+    """Give `model`, which shares its submodules with a base, submodules of its own over the same parameters.
+
+    What is attached to the base's submodules later, such as an adapter, is not seen.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model.__dict__["_modules"] = copy.deepcopy(model._modules, {**shared, id(model.config): model.config})

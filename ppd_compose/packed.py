@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed once for the CPU's matrix kernels, in a structure beside the base's.
+"""Linear layers whose weights are packed once for the CPU's matrix kernels.
 
 A product with a few rows otherwise spends much of its time on rearranging the weight, at every forward anew. Knows
 linear layers and oneDNN. Does not know decoding.
@@ -6,7 +6,6 @@ linear layers and oneDNN. Does not know decoding.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +48,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack(model: Any) -> None:
-    """Give `model`, which shares its submodules with a base, submodules of its own over the same parameters, in which
-    all plain linear layers are packed. That takes as much memory again as those weights, from the first forward on.
-    What is attached to the base's submodules later, such as an adapter, is not seen.
+    """Pack all plain linear layers of `model`, whose submodules are its own. That takes as much memory again as their
+    weights, from the first forward on.
 
     Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in float32 or bfloat16.
     """
@@ -60,8 +58,6 @@ def pack(model: Any) -> None:
             f"weights are packed for a CPU with oneDNN in float32 or bfloat16, the base is on {model.device} in "
             f"{model.dtype}: leave packed=False"
         )
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model.__dict__["_modules"] = copy.deepcopy(model._modules, {**shared, id(model.config): model.config})
     for module in model.modules():
         if type(module) is nn.Linear:  # a subclass computes something of its own
             module.__class__ = PackedLinear

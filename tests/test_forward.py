@@ -5,14 +5,18 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import eagle
 from test_medusa import random_heads
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 from torch import nn
+from transformers import DynamicCache
 
-from ppd_compose import Budget, compose, packed
+from ppd_compose import Budget, TokenTree, compose, grouped, packed
+from ppd_compose.forward import Forward, forward_of
 from ppd_compose.packed import PackedLinear, can_pack
+from ppd_compose.verify import Context, verify
 
 PACKABLE = can_pack(tiny(dtype=torch.float32))
 needs_packing = pytest.mark.skipif(not PACKABLE, reason="torch has no oneDNN here")
@@ -150,3 +154,69 @@ def test_budgets_of_other_ways_are_kept_apart(tmp_path, monkeypatch):
     for settings in ({}, {"packed": True}, {}):
         compose(base, prompt_tokens(), **settings).warmup()
     assert len(list((tmp_path / "budgets").iterdir())) == (2 if PACKABLE else 1)
+
+
+def padded(padding):
+    ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), prompt()], dim=1)
+    return ids, (torch.arange(ids.shape[1]) >= padding)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # it has no sdpa
+def test_attention_that_repeats_no_keys_says_what_the_base_says(family, padding):
+    base = tiny(family)
+    model = compose(base, budget=8)
+    ids, visible = padded(padding)
+    told = []
+    for forward in (Forward(model), forward_of(model)):
+        cache = DynamicCache(config=base.config)
+        with torch.no_grad():
+            base(input_ids=ids, attention_mask=visible[None].long(), past_key_values=cache, use_cache=True)
+            tree = TokenTree.of([5, 6, 7, 8], [-1, 0, 0, 1], [0.0] * 4)
+            told.append(verify(forward, cache, Context(visible), tree, (), {}).logits)
+    torch.testing.assert_close(*told)
+
+
+def test_no_key_is_repeated_for_a_tree(monkeypatch):
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, **settings):
+        seen.append((query.shape[1], key.shape[1], settings.get("attn_mask") is not None))
+        return real(query, key, value, **settings)
+
+    monkeypatch.setattr(grouped, "scaled_dot_product_attention", noted)
+    model = compose(tiny(), prompt_tokens(), budget=12)
+    answer(model)
+    assert set(seen) == {(2, 2, True)}  # of four heads two share each key
+    assert len(seen) >= 3 * (model.stats.forwards - 2)  # all but the prefill, and a bare root at the end
+
+
+def test_an_adapter_that_is_attached_or_switched_after_composing_is_decoded_with():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=12)
+    before = answer(base)
+    assert torch.equal(answer(model), before)
+    base.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj", "down_proj"]), "one")
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    base.disable_adapters()
+    assert torch.equal(answer(model), before)
+
+
+@pytest.mark.parametrize("first", ["compose", "base"])
+def test_hidden_states_are_told_once_whoever_asks_first(first):
+    """transformers hooks modules at the first forward that tells hidden states, and they stay hooked."""
+    base, other = tiny(), tiny()
+    model = compose(base, eagle(), budget=12)
+    for each in [model, base] if first == "compose" else [base, model]:
+        answer(each)
+        with torch.no_grad():
+            states = base(input_ids=prompt(), output_hidden_states=True).hidden_states
+            expected = other(input_ids=prompt(), output_hidden_states=True).hidden_states
+        assert len(states) == len(expected)
+        for mine, theirs in zip(states, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    once = dict(model.stats.candidates)
+    answer(model)
+    assert dict(model.stats.candidates) == once
