@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed once for the CPU's matrix kernels.
+"""Linear layers whose weights are packed once for the CPU's matrix kernels, those that read the same rows together.
 
 A product with a few rows otherwise spends much of its time on rearranging the weight, at every forward anew. Knows
 linear layers and oneDNN. Does not know decoding.
@@ -7,6 +7,7 @@ linear layers and oneDNN. Does not know decoding.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,36 +16,65 @@ from torch import Tensor, nn
 
 ROWS = 16  # the number of rows that weights are laid out for; others are computed from the same layout
 DTYPES = (torch.float32, torch.bfloat16)
+# Children of one module that read the same rows, in most models.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
 class _Pack:
-    """A weight, its packed form, and what that was packed from."""
+    """Weights below one another in packed form, their biases, and what that was made from."""
 
-    weight: weakref.ref[Tensor]
-    state: tuple[int, int]
+    made_from: tuple[weakref.ref[Tensor], ...]
+    state: tuple[tuple[int, int], ...]
     packed: Tensor
+    bias: Tensor | None
 
 
-# By the weight's identity, and only as long as it lives. Looked up some hundred times in a forward, so a plain
+# By the weights' identities, and only as long as they live. Looked up some hundred times in a forward, so a plain
 # dictionary: torch's own of weak keys takes longer than some of the products.
-_packs: dict[int, _Pack] = {}
+_packs: dict[tuple[int, ...], _Pack] = {}
 
 _library = torch.library.Library("ppd_compose", "DEF")
-_library.define("linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linear(Tensor rows, Tensor[] weights, Tensor[] biases) -> Tensor")
+
+
+class Siblings:
+    """Linear layers of the same rows: whichever is asked first computes all of them in one product."""
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        self.layers = list(layers)
+        self.held: _Parts | None = None
+
+    def part(self, layer: PackedLinear, rows: Tensor) -> Tensor:
+        """What `layer` makes of `rows`."""
+        held = self.held  # read once, as another thread may put its own there at any moment
+        if held is None or held.of is not rows or layer not in held.waiting:
+            parts = _product(rows, self.layers).split([each.out_features for each in self.layers], -1)
+            held = self.held = _Parts(rows, dict(zip(self.layers, parts, strict=True)))
+        part = held.waiting.pop(layer)
+        if not held.waiting:
+            self.held = None
+        return part
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What layers made of some rows and were not asked for yet."""
+
+    of: Tensor
+    waiting: dict[PackedLinear, Tensor]
 
 
 class PackedLinear(nn.Linear):
     """The same linear map by the same parameters. While gradients are wanted, or off the CPU, it computes as ever."""
 
+    siblings: Siblings | None  # with itself; None: it stands alone
+
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`, `[..., in]` to `[..., out]`."""
         if torch.is_grad_enabled() or input.device.type != "cpu":
             return super().forward(input)
-        if torch.compiler.is_compiling():
-            out: Tensor = torch.ops.ppd_compose.linear(input, self.weight, self.bias)
-            return out
-        return _linear(input, self.weight, self.bias)
+        return _product(input, [self]) if self.siblings is None else self.siblings.part(self, input)
 
 
 def pack(model: Any) -> None:
@@ -61,6 +91,18 @@ def pack(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:  # a subclass computes something of its own
             module.__class__ = PackedLinear
+            vars(module)["siblings"] = None
+    for module in model.modules():
+        for names in TOGETHER:
+            _bring_together([getattr(module, name, None) for name in names])
+
+
+def _bring_together(layers: list[Any]) -> None:
+    alike = {(type(layer), getattr(layer, "in_features", 0), getattr(layer, "bias", None) is None) for layer in layers}
+    if len(alike) == 1 and type(layers[0]) is PackedLinear:
+        siblings = Siblings(layers)
+        for layer in layers:
+            layer.siblings = siblings
 
 
 def can_pack(model: Any) -> bool:
@@ -69,30 +111,48 @@ def can_pack(model: Any) -> bool:
     return here and (model.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """The packed form of `weight`, made anew when it has changed since."""
-    state, known = (weight._version, weight.data_ptr()), _packs.get(id(weight))
-    if known is None or known.state != state or known.weight() is not weight:
-        key = id(weight)
-        mark = weakref.ref(weight, lambda gone: _forget(key, gone))
-        known = _Pack(mark, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS))
-        _packs[key] = known
-    return known.packed
+def _product(rows: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.ppd_compose.linear(rows, weights, biases)
+        return out
+    return _linear(rows, weights, biases)
 
 
-def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
-    """Drop what is kept under `key`, unless another weight took the place of the one that is gone."""
-    if key in _packs and _packs[key].weight is gone:
-        del _packs[key]
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _packed(weight), bias, "none", [], "")
+def _linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    pack = _packed((*weights, *biases), len(weights))
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, pack.packed, pack.bias, "none", [], "")
     return out
 
 
-def _shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
+    """The packed form of the first `weights` of `tensors`, the others being their biases; made anew when one of them
+    has changed since."""
+    key = tuple(map(id, tensors))
+    state = tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+    known = _packs.get(key)
+    if known is None or known.state != state or any(ref() is None for ref in known.made_from):
+        marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)
+        known = _Pack(marks, state, *_laid_out(tensors[:weights], tensors[weights:]))
+        _packs[key] = known
+    return known
+
+
+def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    whole = torch.cat([weight.detach() for weight in weights])
+    bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+    return torch.ops.mkldnn._reorder_linear_weight(whole, ROWS), bias
+
+
+def _forget(key: tuple[int, ...], gone: weakref.ref[Tensor]) -> None:
+    """Drop what is kept under `key`, unless other tensors took the places of those that are gone."""
+    if key in _packs and any(ref is gone for ref in _packs[key].made_from):
+        del _packs[key]
+
+
+def _shape(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
 _library.impl("linear", _linear, "CPU")

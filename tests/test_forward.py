@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,6 +51,40 @@ def test_packed_weights_are_those_of_the_base(dtype):
     with torch.no_grad():
         here, there = model(input_ids=prompt()).logits, base(input_ids=prompt()).logits
     torch.testing.assert_close(here, there)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_layers_of_the_same_rows_say_together_what_each_says(dtype, rows):
+    base = tiny("qwen2", dtype=dtype)
+    attention = compose(base, packed=True).model.layers[0].self_attn
+    plain = base.model.layers[0].self_attn
+    with torch.no_grad():
+        for seed in (0, 1):
+            given = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            for names in (["q_proj", "k_proj", "v_proj"], ["v_proj", "v_proj", "q_proj"], ["k_proj"]):
+                for name in names:
+                    torch.testing.assert_close(getattr(attention, name)(given), getattr(plain, name)(given))
+    assert attention.q_proj.siblings is attention.k_proj.siblings is attention.v_proj.siblings
+    assert attention.o_proj.siblings is None
+
+
+@needs_packing
+def test_several_threads_decode_at_once():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, packed=True)
+    given = [torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    attention = model.model.layers[0].self_attn
+
+    def ask(rows):
+        with torch.no_grad():
+            return [torch.cat([attention.q_proj(rows), attention.k_proj(rows)], -1) for _ in range(50)]
+
+    expected = [ask(rows)[0] for rows in given]
+    with ThreadPoolExecutor(8) as pool:
+        for told, right in zip(pool.map(ask, given), expected, strict=True):
+            assert all(torch.equal(each, right) for each in told)
 
 
 @needs_packing
