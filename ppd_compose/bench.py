@@ -6,7 +6,7 @@ Knows how to time and compare generations. Does not print or load anything.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -32,6 +32,24 @@ class Question:
     category: str
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """What is asked and how: every question `rounds` times, greedily at `temperature` 0, else drawn."""
+
+    questions: Sequence[Question]
+    rounds: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+
+    def ask(self, model: Any, number: int) -> list[int]:
+        """Prompt and answer of `model` to question `number`; the draws are the same for all."""
+        ids = self.questions[number].ids
+        if not self.temperature:
+            return greedy(model, ids, self.max_new_tokens)
+        torch.manual_seed(number)
+        return _generated(model, ids, self.max_new_tokens, do_sample=True, temperature=self.temperature, top_k=0)
+
+
 @dataclass
 class Answered:
     """What one contender did with one question: seconds of each round, the sequence, and its statistics."""
@@ -45,6 +63,9 @@ class Answered:
     @property
     def tokens(self) -> int:
         return len(self.ids) - self.prompt_length
+
+
+Answers = dict[str, Answered]  # of one question, by contender
 
 
 class WithSettings:
@@ -79,38 +100,39 @@ def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def run(
-    contenders: Mapping[str, PreTrainedModel | WithSettings],
-    questions: Sequence[Question],
-    rounds: int,
-    max_new_tokens: int,
-) -> Iterator[tuple[str, int, Answered]]:
-    """Answer every question `rounds` times by every contender, and yield (name, question number, answer) after each.
+def run(contenders: Mapping[str, Any], protocol: Protocol, done: Container[int] = ()) -> Iterator[tuple[int, Answers]]:
+    """Ask every contender every question that is not `done`, and yield its number and the answers, by contender.
 
     The contenders take turns within each question, in an order that rotates, so that a drift of the machine meets
     all alike. One answer of each contender before the first question is not counted.
     """
-    answers = {name: [Answered(q.category, q.ids.shape[1]) for q in questions] for name in contenders}
     for model in contenders.values():
-        greedy(model, questions[0].ids, 16)
+        greedy(model, protocol.questions[0].ids, 16)
     names = list(contenders)
-    for number, question in enumerate(questions):
-        for turn in range(rounds):
+    for number, question in enumerate(protocol.questions):
+        if number in done:
+            continue
+        answers = {name: Answered(question.category, question.ids.shape[1]) for name in names}
+        for turn in range(protocol.rounds):
             shift = (number + turn) % len(names)
             for name in names[shift:] + names[:shift]:
-                answer = answers[name][number]
+                answer = answers[name]
                 begin = time.perf_counter()
-                answer.ids = greedy(contenders[name], question.ids, max_new_tokens)
+                answer.ids = protocol.ask(contenders[name], number)
                 answer.seconds.append(time.perf_counter() - begin)
                 answer.stats = getattr(contenders[name], "stats", None)
-                yield name, number, answer
+        yield number, answers
 
 
 def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
     """Prompt and greedy answer to `ids` `[1, length]`, wherever `model` is."""
+    return _generated(model, ids, max_new_tokens, do_sample=False)
+
+
+def _generated(model: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> list[int]:
     mask = torch.ones_like(ids)
-    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                         max_new_tokens=max_new_tokens)  # fmt: skip
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
+                         max_new_tokens=max_new_tokens, **settings)  # fmt: skip
     return list(out[0].tolist())
 
 

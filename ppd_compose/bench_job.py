@@ -5,20 +5,22 @@ Knows the result's schema. The timing is `bench`, the provenance `environment`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .bench import BASE, Answered, WithSettings, divergence, questions_from, run, summarise
+from .bench import BASE, Answered, Protocol, WithSettings, divergence, run, summarise
 from .compose import compose
 from .environment import environment
+from .journal import Journal
 from .loading import LoadedBase
-from .prompts import Prompt
 from .trace import traced
 
 SCHEMA = 1
@@ -26,62 +28,77 @@ TRACED = 64  # tokens of one answer that are told with who guessed them
 WAYS: dict[str, dict[str, Any]] = {"eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}}
 
 
-def bench(
-    loaded: LoadedBase,
-    listings: Mapping[str, Sequence[Any]],
-    prompts: Sequence[Prompt],
-    per_category: int | None,
-    max_new_tokens: int,
-    rounds: int,
-    rows: int | None,
-    ways: Sequence[str],
-    command: str,
-    console: Console,
-    settings: Sequence[str] = (),
+def composed(
+    loaded: LoadedBase, listings: Mapping[str, Sequence[Any]], ways: Sequence[str], rows: int | None
 ) -> dict[str, Any]:
-    """Run base and every listing on the prompts and return the result as plain data.
-
-    Each listing is composed in each of the `ways`, keys of `WAYS`. Each of `settings`, such as
-    "prompt_lookup_num_tokens=10", is plain generate with that argument, one contender more.
-    """
-    composed = {
+    """Each listing composed in each of the `ways`, keys of `WAYS`, with at most `rows` rows; ready to decode."""
+    made = {
         name if way == "eager" else f"{name} {way}": compose(loaded.model, *drafters, budget=rows, **WAYS[way])
         for way in ways
         for name, drafters in listings.items()
     }
-    for model in composed.values():
+    for model in made.values():
         model.warmup()
-    budgets = {name: asdict(model.budget) for name, model in composed.items()}
-    questions = questions_from(prompts, loaded.tokenizer, per_category)
-    composed |= {told: WithSettings(loaded.model, dict([_setting(told)])) for told in settings}
-    contenders = {BASE: loaded.model, **composed}
-    answers: dict[str, dict[int, Answered]] = {name: {} for name in contenders}
+    return made
+
+
+def plain(loaded: LoadedBase, settings: Sequence[str]) -> dict[str, Any]:
+    """Plain generate with each of `settings`, such as "prompt_lookup_num_tokens=10"."""
+    return {told: WithSettings(loaded.model, dict([_setting(told)])) for told in settings}
+
+
+def bench(
+    loaded: LoadedBase,
+    contenders: Mapping[str, Any],
+    protocol: Protocol,
+    command: str,
+    console: Console,
+    kept: Path | None = None,
+) -> dict[str, Any]:
+    """Run base and `contenders`, anything with a device and transformers' `generate`; the result as plain data.
+
+    Finished questions are kept in the file `kept` until all are: a run that was cut off goes on where it stopped.
+    """
+    everyone = {BASE: loaded.model, **contenders}
+    provenance = environment(loaded.model, command)
+    journal = Journal(kept, _told_apart(provenance, everyone, protocol))
     with Progress(console=console) as progress:
-        task = progress.add_task("questions", total=len(questions) * rounds * len(contenders))
-        for name, number, answer in run(contenders, questions, rounds, max_new_tokens):
-            answers[name][number] = answer
+        task = progress.add_task("questions", total=len(protocol.questions), completed=len(journal.answers))
+        for number, answers in run(everyone, protocol, tuple(journal.answers)):
+            journal.keep(number, answers)
             progress.advance(task)
-    traces = {
-        name: traced(model, loaded.tokenizer, questions[0].ids, min(max_new_tokens, TRACED))
-        for name, model in composed.items()
-        if hasattr(model, "plugins")
-    }
-    by_name = {name: [mine[i] for i in range(len(questions))] for name, mine in answers.items()}
-    runs = [_report(loaded, name, by_name[name], by_name[BASE]) for name in composed]
+    by_name = {name: [journal.answers[i][name] for i in range(len(protocol.questions))] for name in everyone}
     result = {
         "schema": SCHEMA,
-        "environment": {
-            **environment(loaded.model, command),
-            "base": loaded.name,
-            "base_origin": loaded.origin,
-        },
-        "budgets": budgets,
+        "environment": {**provenance, "base": loaded.name, "base_origin": loaded.origin},
+        "budgets": {name: asdict(model.budget) for name, model in contenders.items() if hasattr(model, "plugins")},
         "base": _base(by_name[BASE]),
-        "runs": runs,
-        "traces": traces,
+        "runs": [_report(loaded, name, by_name[name], by_name[BASE]) for name in contenders],
+        "traces": _traces(loaded, contenders, protocol),
     }
+    journal.close()
     console.print(_table(result))
     return result
+
+
+def _told_apart(provenance: Mapping[str, Any], everyone: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    asked = [question.ids[0].tolist() for question in protocol.questions]
+    return {
+        **{name: value for name, value in provenance.items() if name != "date"},
+        "contenders": list(everyone),
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "how": [protocol.rounds, protocol.max_new_tokens, protocol.temperature],
+    }
+
+
+def _traces(loaded: LoadedBase, contenders: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+    ids, tokens = protocol.questions[0].ids, min(protocol.max_new_tokens, TRACED)
+    return {
+        name: traced(model, loaded.tokenizer, ids, tokens)
+        for name, model in contenders.items()
+        if hasattr(model, "plugins")
+    }
 
 
 def _setting(told: str) -> tuple[str, Any]:

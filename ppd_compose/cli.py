@@ -147,8 +147,12 @@ def bench(
         list[str] | None, typer.Option(help="One more contender: generate with name=value. Repeatable.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; a question counts its median.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     rows: RowsOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the result there; begun anew it resumes."),
+    ] = None,
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "cpu",
@@ -157,17 +161,19 @@ def bench(
     compile: CompileOption = False,
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
-    from .bench_job import bench as run_bench
+    from . import bench_job
+    from .bench import Protocol, questions_from
     from .prompts import read_prompts
 
-    asked = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
     ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
-    result = run_bench(
-        loaded, listings, asked, per_category, max_new_tokens, rounds, rows, ways or ["eager"], command_line(), console,
-        generate_with or [],
-    )  # fmt: skip
+    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category)
+    contenders = bench_job.composed(loaded, listings, ways or ["eager"], rows)
+    contenders |= bench_job.plain(loaded, generate_with or [])
+    protocol = Protocol(asked, rounds, max_new_tokens, temperature)
+    kept = None if json_file is None else json_file.with_name(f"{json_file.name}.part")
+    result = bench_job.bench(loaded, contenders, protocol, command_line(), console, kept)
     text = json.dumps(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")

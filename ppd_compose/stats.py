@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,12 +69,24 @@ class Stats:
             self.candidates[name].update({depth: count for depth, count in enumerate(by_depth) if count})
             self.accepted[name].update(depths[[node for node in step.path if mine[node]]].tolist())
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Stats:
+        """What `as_dict` told, also after a way through JSON, which makes texts of numbers that are keys."""
+        made = cls(tuple(told["drafters"]), told["forwards"], told["tokens"], told["expected"], told["rows"])
+        for mine, theirs in ((made.candidates, told["candidates"]), (made.accepted, told["accepted"])):
+            for name, counts in theirs.items():
+                mine[name].update({int(depth): count for depth, count in counts.items()})
+        made.seconds.update(told["seconds"])
+        return made
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for a report."""
         return {
+            "drafters": list(self.drafters),
             "forwards": self.forwards,
             "tokens": self.tokens,
             "expected": self.expected,
+            "rows": self.rows,
             "tokens_per_forward": self.tokens_per_forward,
             "rows_per_forward": self.rows_per_forward,
             "candidates": {name: dict(sorted(c.items())) for name, c in self.candidates.items()},

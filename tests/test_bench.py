@@ -1,10 +1,16 @@
 """What a benchmark says of two answers that differ, and which questions it takes."""
 
+from dataclasses import replace
+
 import pytest
+from rich.console import Console
 from test_compose import tokenizer
 from tiny import prompt, tiny
 
-from ppd_compose.bench import Answered, divergence, questions_from
+from ppd_compose import compose
+from ppd_compose.bench import Answered, Protocol, Question, divergence, questions_from
+from ppd_compose.bench_job import bench
+from ppd_compose.loading import LoadedBase
 from ppd_compose.prompts import Prompt
 
 
@@ -32,3 +38,58 @@ def test_questions_are_spread_evenly_and_the_subjects_of_mt_bench_are_one_catego
     prompts = [Prompt((f"a{'b' * i}",), category) for i, category in enumerate(["writing"] * 4 + ["stem"] * 4 + ["qa"])]
     taken = questions_from(prompts, tokenizer(), 2)
     assert [(q.category, q.ids.shape[1]) for q in taken] == [("mt_bench", 1), ("mt_bench", 5), ("qa", 9)]
+
+
+class CutOff(Exception):
+    """As if the process were killed there."""
+
+
+class Slowly:
+    """A contender that breaks off after some answers."""
+
+    def __init__(self, base, answers=None):
+        self.base, self.device, self.left, self.asked = base, base.device, answers, 0
+
+    def generate(self, ids, **settings):
+        if self.left is not None and self.asked > self.left:
+            raise CutOff
+        self.asked += 1
+        return self.base.generate(ids, **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperature):
+    base = tiny()
+    loaded = LoadedBase(base, tokenizer(), "tiny", "here")
+    protocol = Protocol([Question(prompt(seed=i), "qa") for i in range(4)], 2, 8, temperature)
+    console, kept = Console(quiet=True), tmp_path / "result.json.part"
+    composed = compose(base, "recycling", budget=8)
+
+    def go(contender, temperature=temperature):
+        contenders = {"slow": contender, "recycling": composed}
+        return bench(loaded, contenders, replace(protocol, temperature=temperature), "command", console, kept)
+
+    with pytest.raises(CutOff):
+        go(Slowly(base, answers=5))  # one to warm up, two questions of two rounds
+    with kept.open("a") as file:
+        file.write('{"question": 3, "ans')
+    again = Slowly(base)
+    result = go(again)
+    assert again.asked == 1 + 2 * 2
+    assert not kept.exists()
+    for run in result["runs"]:
+        assert run["questions"] == 4
+        assert run["identical"] == 4
+    assert result["runs"][1]["tokens_per_forward"] > 0
+    assert list(result["runs"][1]["acceptance"]) == ["recycling"]
+
+
+def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
+    base = tiny()
+    loaded, kept = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "kept"
+    protocol = Protocol([Question(prompt(seed=i), "qa") for i in range(2)], 1, 8)
+    with pytest.raises(CutOff):
+        bench(loaded, {"slow": Slowly(base, answers=1)}, protocol, "command", Console(quiet=True), kept)
+    again = Slowly(base)
+    bench(loaded, {"slow": again}, protocol, "another command", Console(quiet=True), kept)
+    assert again.asked == 1 + 2
