@@ -1,0 +1,157 @@
+"""What stands between half precision and the very tokens of generate, and what it costs to remove it.
+
+A forward of several rows rounds otherwise than forwards of one: some products add in another order, and attention adds
+in an order that depends on how many columns a row is given. Here both are computed as if every row were alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ppd_compose import compose, decode
+from ppd_compose.bench import Question, greedy, questions_from
+from ppd_compose.cli import drafters_of
+from ppd_compose.environment import environment
+from ppd_compose.grouped import NAME
+from ppd_compose.loading import load_base
+from ppd_compose.prompts import read_prompts
+
+TRIED = 256  # rows by which a product's order is found out
+WAYS = ("as it is", "products alone", "products and attention")
+
+
+def by_columns(rows: Tensor, layer: nn.Linear) -> Tensor:
+    """The product of `rows` `[rows, in]` laid out column by column, which oneDNN adds in the order of a lone row."""
+    return linear(rows.t().contiguous().t(), layer.weight, layer.bias)
+
+
+def one_by_one(rows: Tensor, layer: nn.Linear) -> Tensor:
+    """The product row by row."""
+    return torch.cat([linear(row, layer.weight, layer.bias) for row in rows.split(1)])
+
+
+def products(model: nn.Module) -> dict[nn.Linear, Callable[[Tensor, nn.Linear], Tensor]]:
+    """The layers whose products of several rows are not those of each row, and a way that is exact."""
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            rows = torch.randn(TRIED, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+            alone = one_by_one(rows, layer)
+            ways = [lambda x, it: linear(x, it.weight, it.bias), by_columns, one_by_one]
+            exact = next(
+                way for way in ways
+                if all(torch.equal(torch.cat([way(x, layer) for x in rows.split(n)]), alone) for n in (2, 4, 8, 16, 32))
+            )  # fmt: skip
+            if exact is not ways[0]:
+                found[layer] = exact
+    return found
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """Each row by itself over the columns that it sees, which are put in a row at the end for it."""
+    sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if mask is None:
+        return sdpa(module, query, key, value, None, **kwargs)
+    rows = query.shape[2]
+    before = key.shape[2] - rows
+    keys, values = key[:, :, before:].clone(), value[:, :, before:].clone()
+    told = []
+    for row in range(rows):
+        seen = mask[0, 0, row, before:].nonzero()[:, 0]
+        end = before + len(seen)
+        key[:, :, before:end], value[:, :, before:end] = keys[:, :, seen], values[:, :, seen]
+        mine = query[:, :, row : row + 1], key[:, :, :end], value[:, :, :end]
+        told.append(sdpa(module, *mine, None, **kwargs)[0])
+    key[:, :, before:], value[:, :, before:] = keys, values
+    return torch.cat(told, 1), None
+
+
+@contextmanager
+def as_alone(way: str, exact: dict[nn.Linear, Any]) -> Iterator[None]:
+    """Verify forwards are computed `way`; prefills as ever."""
+    verify, ours, verifying = decode.verify, ALL_ATTENTION_FUNCTIONS[NAME], []
+    plain = nn.Linear.forward
+
+    def product(layer: nn.Linear, rows: Tensor) -> Tensor:
+        if not verifying or layer not in exact or rows.shape[-2] == 1:
+            return plain(layer, rows)
+        return exact[layer](rows.flatten(0, -2), layer).view(*rows.shape[:-1], -1)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        verifying.append(True)
+        try:
+            return verify(*args, **kwargs)
+        finally:
+            verifying.clear()
+
+    if way != WAYS[0]:
+        nn.Linear.forward = product  # type: ignore[method-assign]
+    if way == WAYS[2]:
+        AttentionInterface.register(NAME, attention)
+    decode.verify = noted
+    try:
+        yield
+    finally:
+        decode.verify, nn.Linear.forward = verify, plain  # type: ignore[method-assign]
+        AttentionInterface.register(NAME, ours)
+
+
+def answered(model: Any, question: Question, tokens: int, expected: list[int], told: dict[str, float]) -> None:
+    """Decode one answer and add to what is told of its way."""
+    told["identical"] += greedy(model, question.ids, tokens) == expected
+    told["questions"] += 1
+    told["seconds"] += sum(model.stats.seconds.values()) - model.stats.seconds["prefill"]
+    told["verify_seconds"] += model.stats.seconds["verify"]
+    told["forwards"] += model.stats.forwards - 1
+    told["tokens"] += model.stats.tokens
+
+
+def main(
+    questions: Annotated[Path, typer.Option(help="JSON lines, as of Spec-Bench.")],
+    drafters: Annotated[str, typer.Option(help="Names joined by '+'.")] = "ppd+recycling+lookup",
+    per_category: int = 10,
+    tokens: int = 128,
+    rows: Annotated[int, typer.Option(help="Most rows of a forward.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+) -> None:
+    """Print, as the last line, the result as JSON."""
+    loaded = load_base("demo", "bfloat16")
+    asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category)
+    exact = products(loaded.model)
+    models = {way: compose(loaded.model, *drafters_of(drafters), budget=rows) for way in WAYS}
+    counted = ("identical", "questions", "seconds", "verify_seconds", "forwards", "tokens")
+    told = {way: dict.fromkeys(counted, 0.0) for way in WAYS}
+    for question in track(asked, "questions"):
+        expected = greedy(loaded.model, question.ids, tokens)
+        for way, model in models.items():
+            with as_alone(way, exact):
+                answered(model, question, tokens, expected, told[way])
+    names = {name for name, layer in loaded.model.named_modules() if layer in exact}
+    command = (
+        f"python benchmarks/exactness.py --questions {questions.name} --drafters {drafters} --per-category "
+        f"{per_category} --tokens {tokens} --rows {rows}"
+    )
+    result = {
+        "environment": environment(loaded.model, command),
+        "other_order": sorted({name.rpartition(".")[2] for name in names}),
+        "ways": told,
+    }
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
