@@ -1,14 +1,21 @@
 """Benchmarks that decode run on a small model, and their figures are those of the decoding."""
 
+import acceptance
 import composition
+import exactness
+import latency
+import peers
 import pytest
 import sweep
+import torch
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.recycling import TokenRecycling
+from test_compose import tokenizer
 from tiny import prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget
-from ppd_compose.bench import Question
+from ppd_compose import Budget, TokenTree, compose
+from ppd_compose.bench import Question, greedy
+from ppd_compose.loading import LoadedBase
 
 MAKERS = {"ppd": prompt_tokens, "lookup": PromptLookup, "recycling": TokenRecycling}
 STEEP = Budget((1, 64), (0,), ((1.0, 64.0),))
@@ -52,3 +59,54 @@ def test_variants_of_a_composition_decode_the_same_number_of_tokens():
     for variant in told:
         assert variant["tokens_per_forward"] >= 1
         assert variant["tokens_per_second"] > 0
+
+
+def test_a_draft_is_right_as_far_as_it_holds_the_text():
+    draft = TokenTree.of([7, 3, 4, 5, 6, 9], [-1, 0, 0, 2, 2, 4], [0.0, -2.0, -1.0, -3.0, -1.5, -2.0])
+    assert acceptance.hits([1, 7, 4, 5, 9], 2, draft) == [0, 1]
+    assert acceptance.hits([1, 7, 3, 8], 2, draft) == [1]
+    assert acceptance.hits([1, 7, 8], 2, draft) == []
+    assert acceptance.hits([1, 7, 4, 6, 9, 2], 2, draft) == [0, 0, 0]
+
+
+def test_acceptance_tells_each_drafters_share(monkeypatch):
+    monkeypatch.setattr(acceptance, "track", lambda items, _: items)
+    monkeypatch.setattr(acceptance, "drafters_of", lambda listing: [MAKERS[name]() for name in listing.split("+")])
+    told = acceptance.measured(tiny(), "recycling+lookup", asked(), 40, 16)
+    assert set(told["drafts"]) == {"recycling", "lookup"}
+    assert told["tokens_per_forward"] > 1
+    for by_depth in told["right"].values():
+        assert all(0 < sum(by_rank.values()) <= 1 for by_rank in by_depth.values())
+
+
+def test_latency_leaves_the_cache_as_it_was(monkeypatch):
+    monkeypatch.setattr(latency, "track", lambda items, _: items)
+    model = compose(tiny(dtype=torch.float32), budget=16)
+    points = latency.curves({"eager": model, "again": model}, [8, 24], [1, 4], 2)
+    assert [(point["context"], point["rows"]) for point in points] == [(8, 1), (8, 4), (24, 1), (24, 4)]
+    assert all(seconds > 0 for point in points for seconds in point["seconds"].values())
+
+
+def test_rows_computed_alone_give_the_very_numbers_of_generate():
+    base = tiny(dtype=torch.bfloat16)
+    model = compose(base, prompt_tokens(), budget=12)
+    products = exactness.products(base)
+    for seed in range(4):
+        ids = prompt(seed=seed)
+        expected = base.generate(ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        with exactness.as_alone(exactness.WAYS[2], products):
+            told = model.generate(ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(told.sequences, expected.sequences)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(told.logits, expected.logits, strict=True))
+    assert torch.nn.Linear.forward.__qualname__ == "Linear.forward"
+
+
+def test_peers_that_cannot_run_here_are_skipped_with_the_reason(tmp_path):
+    loaded = LoadedBase(tiny(), tokenizer(), "tiny", "here")
+    asked_for = ["transformers lookup", "economize lookup", "dejavuu recycling", "llama.cpp"]
+    told = {name: (made, reason) for name, made, reason in peers.peers(loaded, asked_for, tmp_path / "no.gguf")}
+    assert list(told) == asked_for
+    for name, (made, reason) in told.items():
+        assert (made is None) == bool(reason), name
+    made, _ = told["transformers lookup"]
+    assert greedy(made, prompt(), 12) == greedy(tiny(), prompt(), 12)

@@ -1,0 +1,103 @@
+"""What does a verify forward cost? Seconds by rows and context, computed as the base does it, packed and compiled.
+
+All three in turns at every point, so that a drift of the machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+from transformers import Cache, DynamicCache
+
+from ppd_compose import TokenTree, compose
+from ppd_compose.bench_job import WAYS
+from ppd_compose.budget import wait
+from ppd_compose.cache import commit
+from ppd_compose.environment import environment
+from ppd_compose.forward import forward_of
+from ppd_compose.loading import DTYPES, load_base
+from ppd_compose.verify import Context, verify
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (128, 512, 1024, 2048, 4096)
+
+
+def filled(model: Any, context: int) -> Cache:
+    """A cache of `context` tokens of no meaning, as it is after a step."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.arange(context, device=model.device)[None] % 400 + 5
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    forward_of(model).lay_out(cache)
+    return cache
+
+
+def timed(model: Any, cache: Cache, tree: TokenTree) -> float:
+    """Seconds of one forward, after which the cache is as before."""
+    layers: list[Any] = list(cache.layers)
+    before = [(layer.keys, layer.values) for layer in layers]
+    context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
+    forward = forward_of(model)
+    begin = time.perf_counter()
+    told = verify(forward, cache, context, tree, (), {})
+    wait(model)
+    seconds = time.perf_counter() - begin
+    commit(cache, told.rows, [0])
+    for layer, (keys, values) in zip(layers, before, strict=True):
+        layer.keys, layer.values = keys, values
+    return seconds
+
+
+@torch.no_grad()
+def curves(models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Median seconds of each way at each context and number of rows; the first round warms up."""
+    told = []
+    for context in track(contexts, "contexts"):
+        caches = {way: filled(model, context) for way, model in models.items()}
+        for n in rows:
+            tree = TokenTree.of(list(range(10, 10 + n)), [-1, *(i // 2 for i in range(n - 1))], [0.0] * n)
+            times: dict[str, list[float]] = {way: [] for way in models}
+            for _ in range(rounds + 1):
+                for way, model in models.items():
+                    times[way].append(timed(model, caches[way], tree))
+            seconds = {way: median(taken[1:]) for way, taken in times.items()}
+            told.append({"context": context, "rows": n, "seconds": seconds})
+    return told
+
+
+def main(
+    ways: Annotated[str, typer.Option(help="Joined by '+'.")] = "eager+packed+compiled",
+    contexts: Annotated[list[int] | None, typer.Option("--context", help="Cached tokens. Repeatable.")] = None,
+    rounds: int = 9,
+    base: Annotated[str, typer.Option(help="Folder, Hub id, or 'demo'.")] = "demo",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
+    device: str = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+) -> None:
+    """Print, as the last line, the result as JSON."""
+    loaded = load_base(base, dtype, device)
+    models = {way: compose(loaded.model, budget=64, **WAYS[way]) for way in ways.split("+")}
+    begin = time.perf_counter()
+    for model in models.values():
+        model.warmup()
+    warm = time.perf_counter() - begin
+    command = f"python benchmarks/latency.py --ways {ways} --rounds {rounds} --dtype {dtype} --device {device}"
+    result = {
+        "environment": {**environment(loaded.model, command), "base": loaded.name},
+        "warmup_seconds": warm,
+        "points": curves(models, contexts or CONTEXTS, ROWS, rounds),
+    }
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
