@@ -1,8 +1,8 @@
 """Whose guesses are right? By drafter, depth and rank, and what becomes of them in the tree that is verified.
 
-A drafter is right at a depth when its own draft, before anything is cut, holds the tokens that the model then writes;
-the rank is that of the right child among those that the drafter gives its parent. Decodes in float32, where every
-composition writes the same text.
+A drafter is right at a depth when it guessed, before anything is cut, the token that the model then writes there, below
+tokens that it or another guessed rightly. The rank is that of the right child among those that it gives its parent, by
+the highest claim that anyone makes for each. Decodes in float32, where every composition writes the same text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ppd_compose.cli import drafters_of
 from ppd_compose.environment import environment
 from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
+from ppd_compose.tree import union
 
 AHEAD = 8  # tokens of the model's own continuation that drafts are compared with
 
@@ -41,17 +42,19 @@ class Drafts:
         self.made[len(step.ids)] = [tree for tree in trees if len(tree) > 1]
 
 
-def hits(ids: list[int], known: int, draft: TokenTree) -> list[int]:
-    """The rank of the right child at depth 1, 2, ... as far as the draft holds the text; the best is 0."""
-    ranks, node = [], 0
-    for token in ids[known : known + AHEAD]:
-        children = np.flatnonzero(draft.parents == node)
-        children = children[np.argsort(-draft.log_probs[children], kind="stable")]
-        right = np.flatnonzero(draft.tokens[children] == token)
-        if not len(right):
+def hits(ids: list[int], known: int, drafts: Sequence[TokenTree], source: int) -> dict[int, int]:
+    """By depth the rank of the right child among those that `source` guessed there, as far as `drafts` hold the text;
+    the best is 0. A depth at which others guessed the text and `source` did not is left out."""
+    tree, ranks, node = union(drafts), {}, 0
+    for depth, token in enumerate(ids[known : known + AHEAD], 1):
+        children = np.flatnonzero(tree.parents == node)
+        mine = children[(tree.sources[children] & source) > 0]
+        mine = mine[np.argsort(-tree.log_probs[mine], kind="stable")]
+        if len(right := np.flatnonzero(tree.tokens[mine] == token)):
+            ranks[depth] = int(right[0])
+        if (following := tree.child(node, token)) is None:
             break
-        ranks.append(int(right[0]))
-        node = int(children[right[0]])
+        node = following
     return ranks
 
 
@@ -65,21 +68,28 @@ def measured(base: Any, listing: str, questions: Sequence[Question], tokens: int
         drafts.made.clear()
         ids = greedy(model, question.ids, tokens)
         made.update(forwards=model.stats.forwards, tokens=model.stats.tokens, rows=model.stats.rows)
-        for known, draft in ((known, draft) for known, each in drafts.made.items() for draft in each):
-            owner = names[int(np.bitwise_or.reduce(draft.sources)).bit_length() - 1]
-            made[owner] += 1
-            for depth, rank in enumerate(hits(ids, known, draft), 1):
-                right[owner][depth][rank] += 1
+        for known, trees in drafts.made.items():
+            for bit, name in enumerate(names):
+                if any((tree.sources & 1 << bit).any() for tree in trees):
+                    made[name] += 1
+                    for depth, rank in hits(ids, known, trees, 1 << bit).items():
+                        right[name][depth][rank] += 1
     return {
         "drafters": listing,
         "tokens_per_forward": made["tokens"] / made["forwards"],
         "rows_per_forward": made["rows"] / made["forwards"],
         "drafts": {name: made[name] for name in names},
         "right": {
-            name: {depth: {rank: n / made[name] for rank, n in sorted(by_rank.items())} for depth, by_rank in of.items()}
+            name: {
+                depth: {rank: n / made[name] for rank, n in sorted(by_rank.items())} for depth, by_rank in of.items()
+            }
             for name, of in right.items()
         },
     }
+
+
+def _shares(counts: Counter[int], of: int) -> dict[int, float]:
+    return {rank: count / of for rank, count in sorted(counts.items())}
 
 
 def main(

@@ -163,21 +163,27 @@ def _until(tokens: list[int], ends: list[int], most: int) -> list[int]:
     return tokens[: min(stop, most)]
 
 
-def peers(loaded: LoadedBase, names: list[str], gguf: Path) -> Iterator[tuple[str, Any, str]]:
+MAKERS: dict[str, Callable[[LoadedBase, Path], Any]] = {
+    "transformers lookup": lambda loaded, _: lookup(loaded),
+    "transformers static": lambda loaded, _: Static(loaded),
+    "economize lookup": lambda loaded, _: economize_lookup(loaded),
+    "economize medusa": lambda loaded, _: economize_medusa(loaded),
+    "economize hybrid": lambda loaded, _: economize_hybrid(loaded),
+    "dejavuu recycling": lambda loaded, _: Dejavuu(loaded, "token_recycling"),
+    "dejavuu suffix": lambda loaded, _: Dejavuu(loaded, "suffix_recycle_merge"),
+    "llama.cpp": LlamaCpp,
+}
+HOST_AND_GREEDY = ("dejavuu recycling", "dejavuu suffix", "llama.cpp")  # as they are set up here
+
+
+def peers(loaded: LoadedBase, names: list[str], gguf: Path, drawn: bool = False) -> Iterator[tuple[str, Any, str]]:
     """Name, contender and "" of each; None and the reason of one that does not run here."""
-    makers: dict[str, Callable[[], Any]] = {
-        "transformers lookup": lambda: lookup(loaded),
-        "transformers static": lambda: Static(loaded),
-        "economize lookup": lambda: economize_lookup(loaded),
-        "economize medusa": lambda: economize_medusa(loaded),
-        "economize hybrid": lambda: economize_hybrid(loaded),
-        "dejavuu recycling": lambda: Dejavuu(loaded, "token_recycling"),
-        "dejavuu suffix": lambda: Dejavuu(loaded, "suffix_recycle_merge"),
-        "llama.cpp": lambda: LlamaCpp(loaded, gguf),
-    }
-    for name in names or makers:
+    for name in names:
+        if name in HOST_AND_GREEDY and (drawn or loaded.model.device.type != "cpu"):
+            yield name, None, "it decodes greedily on the CPU"
+            continue
         try:
-            made = makers[name]()
+            made = MAKERS[name](loaded, gguf)
             greedy(made, torch.tensor([[1, 504, 2365, 282, 4649, 314]]), 8)
             yield name, made, ""
         except Exception as error:  # whatever another project's code raises

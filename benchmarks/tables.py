@@ -46,8 +46,10 @@ def contenders(name: str, forwards: str) -> str:
         f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, {forwards}; generate alone "
         f"{result['base']['tokens_per_second']:.1f} tokens/s.",
         "",
-        "| contender | tokens per forward | expected | rows | host ms | " + " | ".join(categories) + " | **all** |",
-        "|---" * (len(categories) + 6) + "|",
+        "| contender | tokens/s | tokens per forward | expected | rows | host ms | "
+        + " | ".join(categories)
+        + " | **all** |",
+        "|---" * (len(categories) + 7) + "|",
     ]
     for told in result["runs"]:
         speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
@@ -59,18 +61,19 @@ def contenders(name: str, forwards: str) -> str:
                 f"{told['rows_per_forward']:.1f}",
                 f"{told['host_ms_per_step']:.1f}",
             ]
+        figures = [f"{told['tokens_per_second']:.1f}", *figures]
         lines.append(f"| {told['name']} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
     return "\n".join(lines)
 
 
 def drafters() -> str:
     """Drafters alone and composed, with forwards as the base does them."""
-    return contenders("composed-eager", "eager")
+    return contenders("peers-eager", "eager")
 
 
 def compiled() -> str:
-    """Drafters alone and composed, with compiled forwards."""
-    return contenders("composed-compiled", "compiled against eager generate")
+    """Drafters alone and composed, with compiled forwards, and other projects' decoders."""
+    return contenders("peers-compiled", "compiled against eager generate")
 
 
 def _where(result: dict[str, Any]) -> str:

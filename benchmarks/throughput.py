@@ -1,22 +1,24 @@
 """Tokens per second against the base's own generate: compositions, and what people use now, in one run.
 
-A run that is cut off goes on where it stopped when the same command is given again.
+With --json, a run that is cut off goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peers import GGUF_NAME, peers
+from peers import GGUF_NAME, LONGEST, MAKERS, peers
 from rich.console import Console
 
 from ppd_compose import bench_job
-from ppd_compose.bench import Protocol, questions_from
+from ppd_compose.bench import Protocol, greedy, questions_from
 from ppd_compose.cli import drafters_of
 from ppd_compose.loading import load_base
+from ppd_compose.options import AllTurnsOption
 from ppd_compose.prompts import read_prompts
 from ppd_compose.shipped import QUESTIONS
 
@@ -34,6 +36,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved; a question counts its median.")] = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    all_turns: AllTurnsOption = False,
     base: Annotated[str, typer.Option(help="Folder, Hub id, or 'demo'.")] = "demo",
     dtype: str = "bfloat16",
     device: str = "cpu",
@@ -46,25 +49,34 @@ def main(
     loaded = load_base(base, dtype, device)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd+recycling+lookup"]}
     contenders: dict[str, Any] = bench_job.composed(loaded, listings, ways.split("+"), None)
+    answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
+    asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
     skipped = {}
-    for name, made, reason in peers(loaded, [] if peer == ["all"] else peer, gguf) if peer else ():
+    for name, made, reason in peers(loaded, chosen(peer), gguf, bool(temperature)):
         if made is None:
             skipped[name] = reason
             console.print(f"[yellow]skipped {name}:[/] {reason}", highlight=False)
         else:
             contenders[name] = made
-    asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category)
+    if peer:
+        asked = [question for question in asked if question.ids.shape[1] + tokens <= LONGEST]
     words = [f"--drafters {listing}" for listing in listings] + [f"--peer {name!r}" for name in peer or []]
     command = (
         f"python benchmarks/throughput.py --questions {questions.name} {' '.join(words)} --ways {ways} --per-category "
-        f"{per_category} --tokens {tokens} --rounds {rounds} --temperature {temperature:g} --dtype {dtype}"
+        f"{per_category} --tokens {tokens} --rounds {rounds} --temperature {temperature:g} --base {loaded.name} "
+        f"--dtype {dtype} --device {device}{' --all-turns' if all_turns else ''}"
     )
-    kept = None if json_file is None else json_file.with_name(f"{json_file.name}.part")
-    protocol = Protocol(asked, rounds, tokens, temperature)
-    result = {**bench_job.bench(loaded, contenders, protocol, command, console, kept), "skipped": skipped}
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    protocol = Protocol(asked, rounds, tokens, temperature, all_turns)
+    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command, console, json_file, skipped)))
+
+
+def chosen(asked_for: list[str] | None) -> list[str]:
+    """The names of peers; one that is unknown is refused."""
+    if asked_for == ["all"]:
+        return list(MAKERS)
+    if unknown := set(asked_for or []) - set(MAKERS):
+        raise typer.BadParameter(f"{sorted(unknown)} are no peers: take some of {', '.join(MAKERS)}, or all")
+    return asked_for or []
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
-    """Write `adapter` and its card to `folder`, whole or not at all.
+    """Write `adapter` and its card to `folder`, in the place of what is there whole or not at all.
 
     Raises `ValueError` for an adapter that names no base.
     """

@@ -6,7 +6,7 @@ Knows how to time and compare generations. Does not print or load anything.
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -40,6 +40,7 @@ class Protocol:
     rounds: int = 1
     max_new_tokens: int = 128
     temperature: float = 0.0
+    all_turns: bool = False  # or first turns only; told, as the questions are made already
 
     def ask(self, model: Any, number: int) -> list[int]:
         """Prompt and answer of `model` to question `number`; the draws are the same for all."""
@@ -81,17 +82,38 @@ class WithSettings:
 
 
 def questions_from(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, per_category: int | None
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    per_category: int | None,
+    answer: Callable[[Tensor], list[int]] | None = None,
 ) -> list[Question]:
-    """The first turn of `per_category` prompts of each category, evenly spread over the file (None: of all)."""
+    """`per_category` prompts of each category, evenly spread over the file (None: all).
+
+    Args:
+        answer: gives prompt and answer to ids `[1, length]`; with it further turns are asked too, after the answers to
+            those before, the same for all contenders. None asks first turns only.
+    """
     categories: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         categories.setdefault(MT_BENCH.get(prompt.category, prompt.category), []).append(prompt)
     return [
-        Question(torch.tensor([encode(tokenizer, prompt.turns[0])]), category)
+        Question(ids, category)
         for category, mine in categories.items()
         for prompt in _spread(mine, per_category)
+        for ids in _turns(prompt, tokenizer, answer)
     ]
+
+
+def _turns(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, answer: Callable[[Tensor], list[int]] | None
+) -> Iterator[Tensor]:
+    said: list[str] = []
+    for turn in prompt.turns if answer else prompt.turns[:1]:
+        said.append(turn)
+        ids = torch.tensor([encode(tokenizer, *said)])
+        yield ids
+        if answer is not None and len(said) < 2 * len(prompt.turns) - 1:
+            said.append(str(tokenizer.decode(answer(ids)[ids.shape[1] :], skip_special_tokens=True)))
 
 
 def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:

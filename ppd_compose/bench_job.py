@@ -21,6 +21,7 @@ from .compose import compose
 from .environment import environment
 from .journal import Journal
 from .loading import LoadedBase
+from .storage import write_text
 from .trace import traced
 
 SCHEMA = 1
@@ -53,14 +54,19 @@ def bench(
     protocol: Protocol,
     command: str,
     console: Console,
-    kept: Path | None = None,
+    out: Path | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run base and `contenders`, anything with a device and transformers' `generate`; the result as plain data.
 
-    Finished questions are kept in the file `kept` until all are: a run that was cut off goes on where it stopped.
+    Args:
+        out: file that the result is written to, as JSON. Until then finished questions are kept beside it, and a run
+            that was cut off goes on where it stopped; what drafters learnt by then is lost.
+        skipped: contenders that do not run here, with the reason.
     """
     everyone = {BASE: loaded.model, **contenders}
     provenance = environment(loaded.model, command)
+    kept = None if out is None else out.with_name(f"{out.name}.part")
     journal = Journal(kept, _told_apart(provenance, everyone, protocol))
     with Progress(console=console) as progress:
         task = progress.add_task("questions", total=len(protocol.questions), completed=len(journal.answers))
@@ -71,11 +77,15 @@ def bench(
     result = {
         "schema": SCHEMA,
         "environment": {**provenance, "base": loaded.name, "base_origin": loaded.origin},
+        "protocol": {name: value for name, value in vars(protocol).items() if name != "questions"},
+        "skipped": dict(skipped or {}),
         "budgets": {name: asdict(model.budget) for name, model in contenders.items() if hasattr(model, "plugins")},
         "base": _base(by_name[BASE]),
-        "runs": [_report(loaded, name, by_name[name], by_name[BASE]) for name in contenders],
+        "runs": [_report(loaded, name, by_name[name], by_name[BASE], protocol) for name in contenders],
         "traces": _traces(loaded, contenders, protocol),
     }
+    if out is not None:
+        write_text(out, json.dumps(result, indent=1) + "\n")
     journal.close()
     console.print(_table(result))
     return result
@@ -86,10 +96,16 @@ def _told_apart(provenance: Mapping[str, Any], everyone: Mapping[str, Any], prot
     asked = [question.ids[0].tolist() for question in protocol.questions]
     return {
         **{name: value for name, value in provenance.items() if name != "date"},
-        "contenders": list(everyone),
+        "contenders": {name: _files(name) for name in everyone},
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "how": [protocol.rounds, protocol.max_new_tokens, protocol.temperature],
     }
+
+
+def _files(contender: str) -> list[Any]:
+    """The drafters' files, where the listing that names the contender names folders, and when they were written."""
+    folders = [Path(part) for part in contender.split(" ")[0].split("+")]
+    return sorted([path.name, path.stat().st_mtime_ns] for folder in folders for path in folder.glob("*.*"))
 
 
 def _traces(loaded: LoadedBase, contenders: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
@@ -119,10 +135,14 @@ def _base(answers: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def _report(loaded: LoadedBase, name: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:
+def _report(
+    loaded: LoadedBase, name: str, answers: Sequence[Answered], base: Sequence[Answered], protocol: Protocol
+) -> dict[str, Any]:
+    told = summarise(name, answers, base)
+    if protocol.temperature:  # of drawn tokens the gap of the two best logits says nothing
+        return {**told, "divergences": []}
     parted = [divergence(loaded.model, mine, theirs) for mine, theirs in zip(answers, base, strict=True)]
-    divergences = [{"question": i, **d} for i, d in enumerate(parted) if d is not None]
-    return {**summarise(name, answers, base), "divergences": divergences}
+    return {**told, "divergences": [{"question": i, **d} for i, d in enumerate(parted) if d is not None]}
 
 
 def _table(result: Mapping[str, Any]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from .drafters import load_drafter
 from .hub_commands import convert, pull, push
 from .loading import load_base
 from .options import (
+    AllTurnsOption,
     BaseOption,
     CompileOption,
     DeviceOption,
@@ -30,7 +32,6 @@ from .options import (
 from .packed import can_pack
 from .plugins import TRAINING, installed
 from .shipped import QUESTIONS
-from .storage import write_text
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -148,6 +149,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; a question counts its median.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    all_turns: AllTurnsOption = False,
     rows: RowsOption = None,
     json_file: Annotated[
         Path | None,
@@ -162,22 +164,18 @@ def bench(
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
     from . import bench_job
-    from .bench import Protocol, questions_from
+    from .bench import Protocol, greedy, questions_from
     from .prompts import read_prompts
 
     loaded = load_base(base, dtype, device)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
     ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
-    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category)
+    answer = partial(greedy, loaded.model, max_new_tokens=max_new_tokens) if all_turns else None
+    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
     contenders = bench_job.composed(loaded, listings, ways or ["eager"], rows)
     contenders |= bench_job.plain(loaded, generate_with or [])
-    protocol = Protocol(asked, rounds, max_new_tokens, temperature)
-    kept = None if json_file is None else json_file.with_name(f"{json_file.name}.part")
-    result = bench_job.bench(loaded, contenders, protocol, command_line(), console, kept)
-    text = json.dumps(result)
-    if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=1) + "\n")
-    print(text)
+    protocol = Protocol(asked, rounds, max_new_tokens, temperature, all_turns)
+    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file)))
 
 
 @app.command()

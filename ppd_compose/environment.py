@@ -5,6 +5,7 @@ Knows how to ask for each. Does not know what was measured.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -51,5 +52,6 @@ def _commit() -> str | None:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
         return None
-    changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    changes = subprocess.run([*git, "diff", "HEAD"], capture_output=True, check=False).stdout
+    mark = f"+changes-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else ""
+    return head.stdout.strip() + mark

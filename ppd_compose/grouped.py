@@ -87,7 +87,8 @@ def _attention(
     below = query.reshape(batch, key.shape[1], groups * rows, dim)
     mask = attention_mask.repeat(1, 1, groups, 1)
     out = scaled_dot_product_attention(below, key, value, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+    # Not every backend gives what can be viewed so: some lay rows before heads.
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -13,6 +13,7 @@ from typing import Any
 
 from .bench import Answered, Answers
 from .stats import Stats
+from .storage import write_text
 
 
 class Journal:
@@ -20,40 +21,52 @@ class Journal:
 
     Args:
         path: of the file, which `close` removes; None keeps nothing.
+
+    Raises:
+        ValueError: the file is that of another run, or damaged. It stays as it is.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
-        self.path, self.run = path, json.loads(json.dumps(run))
-        self.answers: dict[int, Answers] = {}
-        if path is None:
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
-        if whole and whole[0] == self.run:
-            self.answers = {told["question"]: _answers(told["answers"]) for told in whole[1:]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
-        self._write(self.run)
-        for question, answers in self.answers.items():
-            self._write(_plain(question, answers))
+        self.path, self.answers = path, dict[int, Answers]()
+        begun = [json.loads(json.dumps(run))]
+        if path is not None and path.is_file():
+            begun = _lines(path)
+            _refuse_others(path, begun[0], json.loads(json.dumps(run)))
+            self.answers = {told["question"]: _answers(told["answers"]) for told in begun[1:]}
+        if path is not None:
+            write_text(path, "".join(json.dumps(told) + "\n" for told in begun))  # without a line that was cut off
 
     def keep(self, question: int, answers: Answers) -> None:
         """Take up a finished question."""
         self.answers[question] = answers
-        self._write(_plain(question, answers))
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(question, answers)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Remove the file: the result holds it all."""
+        """Remove the file, when the result is written that holds it all."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _write(self, told: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """All lines but one at the end that was cut off."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")] or [{}]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to begin anew") from None
+
+
+def _refuse_others(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    if theirs != mine:
+        other = sorted(name for name in {*theirs, *mine} if theirs.get(name) != mine.get(name))
+        raise ValueError(
+            f"{path} holds what another run has answered so far ({', '.join(other)} differ): give that command again, "
+            "or remove the file to begin anew"
+        )
 
 
 def _plain(question: int, answers: Answers) -> dict[str, Any]:

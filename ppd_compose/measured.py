@@ -25,6 +25,7 @@ from .storage import cache_folder
 ENOUGH = 24  # forwards of one number of rows before they are compared
 LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
 TOLERANCE = 1.2  # ratio of two sizes' disagreements from which the budget is corrected
+FORWARDS = 2  # another number where this project's forwards come to take otherwise
 
 
 def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:
@@ -89,6 +90,7 @@ def _path(model: PreTrainedModel) -> Path:
         threads,
         forward_of(model).kind,
         MEASURED_ROWS,
+        FORWARDS,
     ]
     key = hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()[:16]
     return cache_folder() / "budgets" / f"{key}.json"

@@ -19,6 +19,9 @@ LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in token
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
+AllTurnsOption = Annotated[
+    bool, typer.Option("--all-turns", help="Ask the later turns of a conversation too, after the base's answers.")
+]
 PackedOption = Annotated[
     bool, typer.Option("--packed", help="Keep weights a second time, laid out for the CPU's kernels.")
 ]

@@ -26,16 +26,30 @@ CARD = "README.md"
 def write_pair(tensors: Mapping[str, Tensor], place: Path, config: Mapping[str, Any], beside: str, card: str) -> None:
     """Write `tensors` to `place`, and to its folder `card` and, as the file `beside`, `config`; each replaced whole.
 
-    The tensors come first and the configuration last: a save that is cut off in between leaves the new one, no mixture.
+    The tensors come first and the configuration last: a save over another that is cut off leaves one of the two, no
+    mixture.
     An empty `card` leaves the one that is there.
     """
     every = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = {**config, DIGEST: digest_of(every)}
     with staged_file(place) as staging:
-        save_file(every, staging, {beside: json.dumps(told)})  # one entry: safetensors orders several at random
+        save_file(every, staging, {"format": "pt", beside: json.dumps(told)})
+        _put_in_order(staging)
     if card:
         write_text(place.parent / CARD, card)
     write_text(place.parent / beside, json.dumps(told, indent=2) + "\n")
+
+
+def _put_in_order(place: Path) -> None:
+    """Sort what safetensors orders at random, so that the same tensors make the same file."""
+    with place.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it was, but for the order
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_pair(place: Path, beside: str) -> dict[str, Any]:

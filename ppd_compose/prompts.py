@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Prompt:
-    """The turns of one user (the first is what is asked), and the category it is reported under."""
+    """The turns of one user and the category that they are reported under."""
 
     turns: tuple[str, ...]
     category: str = "all"
@@ -51,11 +51,11 @@ def _turns(record: Any) -> list[Any]:
     return turns if isinstance(turns, list) else []
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of `text` as one user turn, in the tokenizer's chat template where it has one."""
+def encode(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template where it has one: the user's first turn, the answer
+    to it, the next turn and so on, at last one of the user's."""
     if tokenizer.chat_template is None:
-        return list(tokenizer(text)["input_ids"])
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+        return list(tokenizer("\n".join(texts))["input_ids"])
+    said = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(chat, add_special_tokens=False)["input_ids"])

@@ -46,16 +46,18 @@ def compose_from_pretrained(
     folder = folder_of(source, patterns, COMPOSITION, revision, token)
     told = read_composition(folder)
     identity, budget = told["base"], told["budget"]
-    drafters = [_loaded(part, folder) for part in told["drafters"]]
+    access = {} if token is None else {"token": token}
+    drafters = [_loaded(part, folder, access) for part in told["drafters"]]
     model: Any = base
     if base is None:
-        model = AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto", trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto", trust_remote_code=False, **access)
+        model.eval()
     if (found := Identity.of(model)).shape != identity.shape:
         raise ValueError(f"{source} was composed for {identity}; it cannot be used on {found}")
     return compose(model, *drafters, **{"budget": budget, "calibration": told["calibration"], **settings})
 
 
-def _loaded(part: Mapping[str, Any], folder: Path) -> Any:
+def _loaded(part: Mapping[str, Any], folder: Path, access: Mapping[str, str]) -> Any:
     path, inner = folder / COMPOSITION, part["folder"]
     made = installed().get(part["kind"]) if isinstance(part["kind"], str) else None
     if made is None or (hasattr(made, "from_pretrained") and not hasattr(made, "save_pretrained")):
@@ -68,7 +70,7 @@ def _loaded(part: Mapping[str, Any], folder: Path) -> Any:
         elif not is_name(inner) or not (folder / inner).is_dir():
             raise FileNotFoundError(f"{path} names {inner!r}, which is no folder beside it")
         else:
-            drafter = made.from_pretrained(folder / inner, **part["settings"])
+            drafter = made.from_pretrained(folder / inner, **part["settings"], **access)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{path} has settings that {part['kind']} does not take: {error}") from None
     drafter.name = part["name"]

@@ -44,6 +44,7 @@ def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "environment": result["environment"],
         "base": result["base"],
+        "temperature": result.get("protocol", {}).get("temperature", 0),
         "categories": categories,
         "runs": [{**run, "spread": _spread(run)} for run in runs],
         "fastest": {c: max(run["by_category"][c]["speedup"] for run in runs) for c in categories},

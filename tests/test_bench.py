@@ -11,7 +11,7 @@ from ppd_compose import compose
 from ppd_compose.bench import Answered, Protocol, Question, divergence, questions_from
 from ppd_compose.bench_job import bench
 from ppd_compose.loading import LoadedBase
-from ppd_compose.prompts import Prompt
+from ppd_compose.prompts import Prompt, encode
 
 
 def test_a_difference_is_told_with_its_place_and_the_gap_of_the_bases_logits():
@@ -93,3 +93,21 @@ def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
     again = Slowly(base)
     bench(loaded, {"slow": again}, protocol, "another command", Console(quiet=True), kept)
     assert again.asked == 1 + 2
+
+
+def test_later_turns_follow_the_answers_to_those_before():
+    words = tokenizer()
+    told = []
+
+    def answer(ids):
+        told.append(ids)
+        return [*ids[0].tolist(), 5, 6]
+
+    prompts = [Prompt(("ab", "cd", "ef"), "writing"), Prompt(("gh",), "qa")]
+    asked = questions_from(prompts, words, None, answer)
+    assert [question.category for question in asked] == ["mt_bench"] * 3 + ["qa"]
+    assert len(told) == 2  # what follows the last turn is asked of the contenders only
+    said = words.decode([5, 6])
+    assert asked[1].ids[0].tolist() == encode(words, "ab", said, "cd")
+    assert asked[2].ids[0].tolist() == encode(words, "ab", said, "cd", said, "ef")
+    assert len(questions_from(prompts, words, None)) == 2

@@ -62,11 +62,14 @@ def test_variants_of_a_composition_decode_the_same_number_of_tokens():
 
 
 def test_a_draft_is_right_as_far_as_it_holds_the_text():
-    draft = TokenTree.of([7, 3, 4, 5, 6, 9], [-1, 0, 0, 2, 2, 4], [0.0, -2.0, -1.0, -3.0, -1.5, -2.0])
-    assert acceptance.hits([1, 7, 4, 5, 9], 2, draft) == [0, 1]
-    assert acceptance.hits([1, 7, 3, 8], 2, draft) == [1]
-    assert acceptance.hits([1, 7, 8], 2, draft) == []
-    assert acceptance.hits([1, 7, 4, 6, 9, 2], 2, draft) == [0, 0, 0]
+    draft = TokenTree.of([7, 3, 4, 5, 6, 9], [-1, 0, 0, 2, 2, 4], [0.0, -2.0, -1.0, -3.0, -1.5, -2.0]).marked(1)
+    other = TokenTree.of([7, 4, 8, 2], [-1, 0, 0, 1], [0.0, -3.0, -2.0, -4.0]).marked(2)
+    assert acceptance.hits([1, 7, 4, 5, 9], 2, [draft], 1) == {1: 0, 2: 1}
+    assert acceptance.hits([1, 7, 3, 8], 2, [draft], 1) == {1: 1}
+    assert acceptance.hits([1, 7, 8], 2, [draft], 1) == {}
+    assert acceptance.hits([1, 7, 4, 6, 9, 2], 2, [draft, other], 1) == {1: 0, 2: 0, 3: 0}
+    assert acceptance.hits([1, 7, 4, 6, 9, 2], 2, [draft, other], 2) == {1: 0}
+    assert acceptance.hits([1, 7, 8, 6], 2, [draft, other], 1) == {}
 
 
 def test_acceptance_tells_each_drafters_share(monkeypatch):
@@ -87,15 +90,22 @@ def test_latency_leaves_the_cache_as_it_was(monkeypatch):
     assert all(seconds > 0 for point in points for seconds in point["seconds"].values())
 
 
+LOGITS = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+
 def test_rows_computed_alone_give_the_very_numbers_of_generate():
     base = tiny(dtype=torch.bfloat16)
     model = compose(base, prompt_tokens(), budget=12)
     products = exactness.products(base)
     for seed in range(4):
         ids = prompt(seed=seed)
-        expected = base.generate(ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        expected = base.generate(
+            ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
         with exactness.as_alone(exactness.WAYS[2], products):
-            told = model.generate(ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            told = model.generate(
+                ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
         assert torch.equal(told.sequences, expected.sequences)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(told.logits, expected.logits, strict=True))
     assert torch.nn.Linear.forward.__qualname__ == "Linear.forward"

@@ -75,6 +75,7 @@ class DraftModel(Shared):
         self.n = len(prompt_tokens.embeddings) if prompt_tokens else 0 if self.shared is None else self.depth - 1
         self.follows = False  # to the device of the base
         self.origin: Origin | None = None
+        self._found: tuple[object, ...] = ()  # what came from there, and how often it was written to
         self.forwards = forwards or self._usual_forwards()
         self.settings = {
             "depth": self.depth, "width": width, "forwards": self.forwards, "dtype": str(model.dtype).split(".")[-1],
@@ -115,14 +116,19 @@ class DraftModel(Shared):
         model, prompts = found.model.to(device or "cpu"), prompt_tokens or found.prompt_tokens
         drafter = cls(model, depth, width, prompts, forwards, tokenizer or found.tokenizer)
         drafter.follows, drafter.origin = device is None, found.origin
+        drafter._found = (model, _writes(model), found.tokenizer)
         return drafter
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the draft model with its tokenizer and prompt tokens; see `files.save_draft` for what is refused.
 
-        Of weights that `from_pretrained` took from the Hub only the repository and its commit are written.
+        Of weights that `from_pretrained` took from the Hub, and that are as they were, only the repository and its
+        commit are written.
         """
-        save_draft(Draft(self.model, self.tokenizer, self.prompt_tokens, self.origin), Path(folder))
+        as_found = self.origin is not None and self._found[:2] == (self.model, _writes(self.model))
+        theirs = as_found and self.tokenizer is self._found[2]
+        origin, tokenizer = self.origin if as_found else None, None if theirs else self.tokenizer
+        save_draft(Draft(self.model, tokenizer, self.prompt_tokens, origin), Path(folder))
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: Collection[str]) -> bool:
@@ -183,3 +189,7 @@ class DraftModel(Shared):
         module: Any = self.model.get_input_embeddings()
         weight: Tensor = module.weight
         return weight
+
+
+def _writes(model: PreTrainedModel) -> int:
+    return sum(parameter._version for parameter in model.parameters())

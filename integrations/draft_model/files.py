@@ -7,6 +7,7 @@ Knows which files such a folder has and which other kinds of folders look alike.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,6 +27,7 @@ ORIGIN, PROMPTS = "draft_origin.json", "prompt_tokens"
 PATTERNS = (
     "model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", f"{PROMPTS}/*.safetensors",
 )  # fmt: skip
+COMMIT = re.compile("[0-9a-f]{40}")
 # Keys of heads, of adapters and of drafters that need the base's hidden states.
 FOREIGN = (
     "medusa_num_heads", "medusa_num_layers", "draft_vocab_size", "eagle_config", "speculators_model_type", "peft_type",
@@ -43,7 +45,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a folder holds."""
+    """What a folder holds. With an origin the model is not in it, and the tokenizer only if it is another."""
 
     model: Any  # in evaluation mode with sdpa attention
     tokenizer: PreTrainedTokenizerBase | None
@@ -86,7 +88,7 @@ def load_draft(
     )
     model.config.name_or_path = str(source) if origin is None else origin.source
     prompts = PromptTokens.from_pretrained(told / PROMPTS) if (told / PROMPTS).is_dir() else None
-    return Draft(model.eval(), read_tokenizer(folder), prompts, origin)
+    return Draft(model.eval(), read_tokenizer(told) or read_tokenizer(folder), prompts, origin)
 
 
 def save_draft(draft: Draft, folder: Path) -> None:
@@ -97,10 +99,10 @@ def save_draft(draft: Draft, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already: give a folder of its own to a draft model")
     with staged_folder(folder) as staging:
+        if draft.tokenizer is not None:
+            draft.tokenizer.save_pretrained(staging)
         if draft.origin is None:
             draft.model.save_pretrained(staging)
-            if draft.tokenizer is not None:
-                draft.tokenizer.save_pretrained(staging)
         else:
             (staging / ORIGIN).write_text(json.dumps(asdict(draft.origin)), encoding="utf-8")
         if draft.prompt_tokens is not None:
@@ -127,9 +129,9 @@ def _origin(folder: Path, source: str | Path) -> Origin | None:
         return None if Path(source).is_dir() else Origin(str(source), folder.name)  # a commit is a folder in the cache
     told = read_object(path)
     name, revision = told.get("source"), told.get("revision")
-    if not isinstance(name, str) or not isinstance(revision, str) or Path(name).exists():
+    if not isinstance(name, str) or Path(name).exists() or not COMMIT.fullmatch(str(revision)):
         raise ValueError(f"{path} names {name!r} at {revision!r}: expected a repository on the Hub and its commit")
-    return Origin(name, revision)
+    return Origin(name, str(revision))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

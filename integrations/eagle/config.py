@@ -21,7 +21,9 @@ OPTIONAL = (
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta",
     "rope_scaling", "rope_parameters",
 )  # fmt: skip
-WHOLE = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "draft_vocab_size", "target_hidden_size")
+# Whole numbers with the most that each may be, which keeps what is made of them small.
+WIDTHS = dict.fromkeys((*SIZES[:3], "num_key_value_heads", "head_dim", "target_hidden_size"), 2**20)
+WHOLE = {**WIDTHS, **dict.fromkeys(("vocab_size", "draft_vocab_size", "max_position_embeddings"), 2**31)}
 NUMBERS = ("rms_norm_eps", "rope_theta")
 OF_KIND = {"rope_scaling": dict, "rope_parameters": dict, "eagle_config": dict, "hidden_act": str, "layer_types": list}
 
@@ -115,18 +117,19 @@ def _layer_fields(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for name in SIZES:
         if layer.get(name) is None:
             raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {layer.get(name)!r}")
-    _check_kinds({**layer, **raw}, where)
+    for fields in (raw, layer):
+        _check_kinds(fields, where)
     return layer
 
 
 def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` for a field that is there and is not of its kind."""
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in WHOLE:
-        if type(given.get(name, 1)) is not int or not 1 <= given.get(name, 1) < 2**31:
+    for name, most in WHOLE.items():
+        if type(given.get(name, 1)) is not int or not 1 <= given.get(name, 1) <= most:
             raise ValueError(f"{where}: {name} must be a whole number of at least 1, got {given[name]!r:.60}")
     for name in NUMBERS:
-        if type(given.get(name, 1)) not in (int, float) or not 0 < given.get(name, 1) < float("inf"):
+        if type(given.get(name, 1)) not in (int, float) or not 0 < given.get(name, 1) < 1e30:
             raise ValueError(f"{where}: {name} must be a number above 0, got {given[name]!r:.60}")
     for name, kind in OF_KIND.items():
         if not isinstance(given.get(name, kind()), kind):

@@ -22,10 +22,10 @@ from ppd_compose.paired import CARD, read_pair
 from ppd_compose.sources import folder_of, read_shards
 
 from .config import OWN, EagleConfig, parse
-from .head import CONFIG, D2T, EMBEDDING, FORMAT, KIND, LM_HEAD, T2D, TENSORS, Head
+from .head import CONFIG, D2T, EMBEDDING, FORMAT, INDEX, KIND, LM_HEAD, T2D, TENSORS, Head
 from .network import DraftNetwork
 
-SOURCES = (f"{TENSORS}.index.json", TENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
+SOURCES = (INDEX, TENSORS, "pytorch_model.bin.index.json", "pytorch_model.bin")
 # Copies of the base's own norm and output head, which a training may leave in a speculators file.
 COPIES = ("verifier_norm.weight", "verifier_lm_head.weight")
 

@@ -20,6 +20,7 @@ from .config import LAYER_IDS, OWN, EagleConfig
 
 KIND, FORMAT = "eagle", 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
+INDEX = f"{TENSORS}.index.json"
 EMBEDDING, LM_HEAD, D2T, T2D = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
 
 
@@ -38,7 +39,13 @@ class Head:
 
 
 def write_head(head: Head, folder: Path, *, card: str = "") -> None:
-    """Write `head` in the official layout of its version, our facts in the configuration; whole or not at all."""
+    """Write `head` in the official layout of its version, our facts in the configuration; in the place of one that is
+    there whole or not at all.
+
+    Raises `ValueError` when `folder` holds the index of a sharded head, which would be read instead.
+    """
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds {INDEX}, which would be read instead of {TENSORS}: give another folder")
     config, prefix = head.config, "midlayer." if head.config.version == 3 else "layers.0."
     tensors = {prefix + n.removeprefix("layer.") if n.startswith("layer.") else n: t for n, t in head.network.items()}
     tensors |= {n: t for n, t in ((EMBEDDING, head.embedding), (LM_HEAD, head.lm_head)) if t is not None}

@@ -77,7 +77,7 @@ class DraftAttention(nn.Module):
         seen = nn.functional.scaled_dot_product_attention(
             queries.reshape(1, self.kv_heads, group * rows, self.dim), keys[None], values[None], attn_mask=mask
         )
-        joined: Tensor = self.o_proj(seen.view(-1, rows, self.dim).transpose(0, 1).reshape(rows, -1))
+        joined: Tensor = self.o_proj(seen.reshape(-1, rows, self.dim).transpose(0, 1).reshape(rows, -1))
         return joined
 
 

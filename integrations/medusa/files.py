@@ -65,7 +65,7 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
 
 
 def write_folder(stored: Stored, folder: Path, layout: str, card: str = "") -> None:
-    """Write `stored` and its card to `folder`, whole or not at all.
+    """Write `stored` and its card to `folder`, in the place of what is there whole or not at all.
 
     Raises `ValueError` when `folder` holds other heads, which would be read instead.
     """
