@@ -1,5 +1,6 @@
 """What a benchmark says of two answers that differ, and which questions it takes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -62,12 +63,12 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
     base = tiny()
     loaded = LoadedBase(base, tokenizer(), "tiny", "here")
     protocol = Protocol([Question(prompt(seed=i), "qa") for i in range(4)], 2, 8, temperature)
-    console, kept = Console(quiet=True), tmp_path / "result.json.part"
+    console, out, kept = Console(quiet=True), tmp_path / "result.json", tmp_path / "result.json.part"
     composed = compose(base, "recycling", budget=8)
 
     def go(contender, temperature=temperature):
         contenders = {"slow": contender, "recycling": composed}
-        return bench(loaded, contenders, replace(protocol, temperature=temperature), "command", console, kept)
+        return bench(loaded, contenders, replace(protocol, temperature=temperature), "command", console, out)
 
     with pytest.raises(CutOff):
         go(Slowly(base, answers=5))  # one to warm up, two questions of two rounds
@@ -77,6 +78,7 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
     result = go(again)
     assert again.asked == 1 + 2 * 2
     assert not kept.exists()
+    assert json.loads(out.read_text())["protocol"]["temperature"] == temperature
     for run in result["runs"]:
         assert run["questions"] == 4
         assert run["identical"] == 4
@@ -86,13 +88,18 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
 
 def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
     base = tiny()
-    loaded, kept = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "kept"
-    protocol = Protocol([Question(prompt(seed=i), "qa") for i in range(2)], 1, 8)
+    loaded, out = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "result.json"
+    protocol, kept = Protocol([Question(prompt(seed=i), "qa") for i in range(2)], 1, 8), tmp_path / "result.json.part"
     with pytest.raises(CutOff):
-        bench(loaded, {"slow": Slowly(base, answers=1)}, protocol, "command", Console(quiet=True), kept)
-    again = Slowly(base)
-    bench(loaded, {"slow": again}, protocol, "another command", Console(quiet=True), kept)
-    assert again.asked == 1 + 2
+        bench(loaded, {"slow": Slowly(base, answers=1)}, protocol, "command", Console(quiet=True), out)
+    before = kept.read_bytes()
+    for name, command, what in (("slow", "another", "command"), ("fast", "command", "contenders")):
+        with pytest.raises(ValueError, match=rf"answered so far \({what} differ\).*begin anew"):
+            bench(loaded, {name: Slowly(base)}, protocol, command, Console(quiet=True), out)
+        assert kept.read_bytes() == before
+    kept.write_text("{\n" + "x\n")
+    with pytest.raises(ValueError, match=r"result.json.part is damaged"):
+        bench(loaded, {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
 
 
 def test_later_turns_follow_the_answers_to_those_before():
