@@ -1,15 +1,11 @@
 """Folders that nobody vouches for: mutated at random, cut off, linked elsewhere, killed while they were written."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 
 import pytest
+from killed import killed
 from mutations import mutated_bytes, mutated_config, mutated_header
 from tiny import prompt_tokens, tiny
 
@@ -81,7 +77,7 @@ def test_links_to_other_places_are_only_read(whole, tmp_path):
 
 
 SAVES = """
-import os, sys, torch
+import torch
 from pathlib import Path
 from ppd_compose.adapter import Adapter, write_adapter
 from ppd_compose.identity import Identity
@@ -92,33 +88,17 @@ adapters = [
 def save():
     for adapter in adapters:
         write_adapter(adapter, Path(sys.argv[1]), f"card {len(adapter.embeddings)}")
-save()
-print("ready", flush=True)
-for _ in sys.stdin:
-    writer = os.fork()
-    while not writer:
-        save()
-    print(writer, flush=True)
-    os.waitpid(writer, 0)
 """
 
 
 def test_a_save_that_is_killed_leaves_what_was_or_what_comes(tmp_path):
     """A hundred times, at random moments: never a mixture, never a folder that does not load."""
-    dice, folder, seen = random.Random(0), tmp_path / "adapter", []
-    words = [sys.executable, "-c", SAVES, str(folder)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as saves:
-        assert saves.stdout.readline() == "ready\n"
-        for _ in range(100):
-            saves.stdin.write("again\n")
-            writer = int(saves.stdout.readline())
-            time.sleep(0.01 + 0.05 * dice.random())
-            os.kill(writer, signal.SIGKILL)
-            found = PromptTokens.from_pretrained(folder)
-            n = len(found.embeddings)
-            assert found.embeddings.unique().tolist() == [float(n)]
-            assert found.accuracy.tolist() == [[0.1 * n]] * n
-            assert found.training == {"steps": n}
-            seen.append(n)
-        saves.stdin.close()
+    seen = []
+    for _ in killed(SAVES, tmp_path, longest=0.06):
+        found = PromptTokens.from_pretrained(tmp_path)
+        n = len(found.embeddings)
+        assert found.embeddings.unique().tolist() == [float(n)]
+        assert found.accuracy.tolist() == [[0.1 * n]] * n
+        assert found.training == {"steps": n}
+        seen.append(n)
     assert min(seen.count(1), seen.count(2)) > 5

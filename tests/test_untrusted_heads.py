@@ -1,15 +1,11 @@
 """Folders of heads and of compositions that nobody vouches for: mutated at random, and killed while they were saved."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
+from killed import killed
 from mutations import mutated_bytes, mutated_config, mutated_header
 from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.medusa import MedusaHeads
@@ -94,11 +90,8 @@ def test_mutated_compositions_load_or_are_refused_in_words(tmp_path, monkeypatch
 
 
 SAVES = """
-import os, sys, torch
-sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from dataclasses import replace
-from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import random_head
@@ -113,33 +106,17 @@ for n in (1, 2):
 def save():
     for drafter, place in saves:
         drafter.save_pretrained(place)
-save()
-print("ready", flush=True)
-for _ in sys.stdin:
-    writer = os.fork()
-    while not writer:
-        save()
-    print(writer, flush=True)
-    os.waitpid(writer, 0)
 """
 
 
 def test_saves_of_heads_that_are_killed_leave_what_was_or_what_comes(tmp_path):
     """A hundred times, at random moments: never a mixture, never a folder that does not load."""
-    dice, seen = random.Random(0), []
-    words = [sys.executable, "-c", SAVES, str(tmp_path), os.path.dirname(__file__)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as saves:
-        assert saves.stdout.readline() == "ready\n"
-        for _ in range(100):
-            saves.stdin.write("again\n")
-            writer = int(saves.stdout.readline())
-            time.sleep(0.01 + 0.08 * dice.random())
-            os.kill(writer, signal.SIGKILL)
-            medusa, eagle = load_drafter(tmp_path / "medusa"), load_drafter(tmp_path / "eagle")
-            n = medusa.training["steps"]
-            assert len(medusa.heads) == n
-            assert medusa.accuracy.tolist() == [[0.1 * n]] * n
-            seen.append((n, eagle.head.training["steps"]))
-            assert eagle.head.accuracy == (0.1 * seen[-1][1],)
-        saves.stdin.close()
+    seen = []
+    for _ in killed(SAVES, tmp_path, longest=0.09):
+        medusa, eagle = load_drafter(tmp_path / "medusa"), load_drafter(tmp_path / "eagle")
+        n, steps = medusa.training["steps"], eagle.head.training["steps"]
+        assert len(medusa.heads) == n
+        assert medusa.accuracy.tolist() == [[0.1 * n]] * n
+        assert eagle.head.accuracy == (0.1 * steps,)
+        seen.append((n, steps))
     assert all(min(values.count(1), values.count(2)) > 5 for values in zip(*seen, strict=True))
