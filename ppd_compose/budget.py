@@ -139,9 +139,10 @@ def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> fl
     cache = copy.deepcopy(filled)
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
     context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
+    forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()
-    verify(forward_of(model), cache, context, tree, (), {})
+    verify(forward, cache, context, tree, (), {})
     wait(model)
     return time.perf_counter() - begin
 

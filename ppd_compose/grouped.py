@@ -23,7 +23,7 @@ def group(model: Any) -> None:
     configs: dict[int, Any] = {}
     for module in model.modules():
         if _repeats_keys(module):
-            module.config = configs.setdefault(id(module.config), _asking_for_ours(module.config))
+            module.config = _asking_for_ours(module.config, configs)
 
 
 def grouped(model: Any) -> Any:
@@ -45,7 +45,7 @@ def _beside(module: Any, configs: dict[int, Any]) -> Any:
     made = object.__new__(type(module))
     made.__dict__.update(vars(module))
     if mine:
-        made.config = configs.setdefault(id(module.config), _asking_for_ours(module.config))
+        made.config = _asking_for_ours(module.config, configs)
     else:
         made.__dict__["_modules"] = {name: inner[name] or child for name, child in module._modules.items()}
     return made
@@ -56,10 +56,12 @@ def _repeats_keys(module: Any) -> bool:
     return isinstance(groups, int) and groups > 1 and getattr(config, "_attn_implementation", None) == "sdpa"
 
 
-def _asking_for_ours(config: Any) -> Any:
-    own = copy.deepcopy(config)
-    own._attn_implementation = NAME
-    return own
+def _asking_for_ours(config: Any, made: dict[int, Any]) -> Any:
+    """A copy of `config`, one for all modules that share it, by whose identity those `made` are known."""
+    if id(config) not in made:
+        made[id(config)] = copy.deepcopy(config)
+        made[id(config)]._attn_implementation = NAME
+    return made[id(config)]
 
 
 def _attention(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from loopback import TOKEN
 from ppd_compose.integrations.draft_model import DraftModel
 from test_compose import tokenizer
 from tiny import prompt, prompt_tokens, tiny
@@ -56,6 +57,34 @@ def test_of_one_from_the_hub_the_repository_and_its_commit_are_saved(hub, tmp_pa
         same(again, DraftModel(drafter.model, prompt_tokens=drafter.prompt_tokens))
         assert again.origin == drafter.origin
         assert again.tokenizer.get_vocab() == drafter.tokenizer.get_vocab()
+
+
+def test_of_one_from_the_hub_that_was_changed_all_is_saved(hub, tmp_path):
+    tiny(seed=5, dtype=torch.float32).push_to_hub("user/draft")
+    drafter = DraftModel.from_pretrained("user/draft", tokenizer=tokenizer())
+    drafter.save_pretrained(tmp_path / "words")  # only the tokenizer is another
+    assert sorted(path.suffix for path in (tmp_path / "words").iterdir()) == [".json"] * 3
+    again = DraftModel.from_pretrained(tmp_path / "words")
+    assert again.tokenizer.get_vocab() == tokenizer().get_vocab()
+    with torch.no_grad():
+        drafter.model.lm_head.weight.mul_(2)
+    drafter.save_pretrained(tmp_path / "whole")
+    again = DraftModel.from_pretrained(tmp_path / "whole")
+    assert again.origin is None
+    assert torch.equal(again.model.lm_head.weight, drafter.model.lm_head.weight)
+
+
+def test_a_composition_names_a_private_draft_model_and_the_token_opens_it(hub, tmp_path, monkeypatch):
+    base = tiny(dtype=torch.float32)
+    tiny(seed=5, dtype=torch.float32).push_to_hub("user/draft", private=True)
+    compose(base, DraftModel.from_pretrained("user/draft"), budget=8).save_composition(tmp_path / "saved")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
+    with pytest.raises(OSError, match="user/draft"):
+        compose_from_pretrained(tmp_path / "saved", base)
+    again = compose_from_pretrained(tmp_path / "saved", base, token=TOKEN)
+    expected = base.generate(prompt(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(again.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
 
 
 def test_a_draft_model_is_pushed_and_pulled_with_its_prompt_tokens(hub):

@@ -210,6 +210,17 @@ def test_a_surplus_tensor_is_named(tmp_path, version):
     [
         ({"hidden_size": None}, "hidden_size must be a whole number of at least 1, got None"),
         ({"vocab_size": "61"}, "vocab_size must be a whole number"),
+        ({"head_dim": 2**31}, "head_dim must be a whole number"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 0"),
+        ({"rope_parameters": "x"}, "rope_parameters must be a dict"),
+        (
+            {
+                "speculators_model_type": "eagle3",
+                "rope_parameters": {},
+                "transformer_layer_config": {**FLAT, "rope_parameters": "x"},
+            },
+            "rope_parameters must be a dict",
+        ),
         ({"num_hidden_layers": 2}, "num_hidden_layers=2, which a head here cannot do"),
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, r"rope_type='spiral' .known are default, linear"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
@@ -239,6 +250,13 @@ def test_a_configuration_that_cannot_be_honoured_is_refused_by_name(tmp_path, co
     changed(saved(tmp_path), config=config)
     with pytest.raises(ValueError, match=message):
         read_head(tmp_path)
+
+
+def test_a_head_is_not_saved_beside_the_index_of_another(tmp_path):
+    as_shards(saved(tmp_path))
+    with pytest.raises(ValueError, match=r"holds model.safetensors.index.json, which would be read instead"):
+        EagleHead(random_head()).save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_norm_that_version_1_does_not_have(tmp_path):
