@@ -30,8 +30,8 @@ def grouped(model: Any) -> Any:
     """`model`, whose modules belong to a base, with attention modules that repeat no keys.
 
     All that is not an attention module or around one is the same object, so that whatever is attached or switched
-    there later is seen. Made anew it costs a millisecond. To be made after a forward that told hidden states, if any is
-    to tell them: transformers sees to that at the first of a module, and what it leaves there is shared too.
+    there later is seen. Made anew it costs a millisecond or two. To be made after a forward that told hidden states, if
+    any is to tell them: transformers sees to that at the first of a module, and what it leaves there is shared too.
     """
     return _beside(model, {}) or model
 
