@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .identity import Identity, device_name
-from .loop import Recipe
 from .prompt import PromptTokens
 from .prompts import Prompt, encode
 from .replies import Reply, own_replies
@@ -56,7 +55,7 @@ def train_ppd(
     )
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
-    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     prompt = PromptTokens(trained.embeddings, trained.accuracy, identity, facts)
     prompt.save_pretrained(out)
     shutil.rmtree(out / "checkpoints")
@@ -84,7 +83,7 @@ def split_replies(
 
 def training_facts(
     base: PreTrainedModel,
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     replies: Sequence[Reply],
     held_out: Sequence[Reply],
     seconds: float,
@@ -93,7 +92,7 @@ def training_facts(
 ) -> dict[str, Any]:
     """How something was trained, as plain data for its files and its card."""
     return {
-        **asdict(recipe),
+        **recipe,
         "command": command,
         "data": data,
         "prompts": len(replies),

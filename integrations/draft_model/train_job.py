@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +82,7 @@ def train_pard(
     if any(chosen in reply.ids for reply in [*replies, *held]):
         raise ValueError(f"token {chosen} is in the base's prompts or replies: the shared prompt token must be in none")
     accuracy = train_parallel(model, chosen, replies, held, recipe, out / "checkpoints")
-    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
     names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
     setattr(model.config, KEYS[0], chosen)

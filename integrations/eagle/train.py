@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def train_eagle(
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     head = train_head(base, replies, held, recipe, out / "checkpoints", None if start is None else start.head)
     identity = Identity.of(base)
-    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     head = replace(head, identity=replace(identity, name=base_name or identity.name), training=facts)
     write_head(head, out, card=head_card(head))
     shutil.rmtree(out / "checkpoints")

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def train_medusa(
     heads, accuracy = train_heads(base, replies, held, recipe, out / "checkpoints")
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
-    facts = training_facts(base, recipe, replies, held, time.monotonic() - begin, command, data)
+    facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = MedusaHeads(
         heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=accuracy, identity=identity, training=facts
     )

@@ -1,0 +1,118 @@
+"""Drafter: what the model tends to say after its last few tokens, from a table that was counted beforehand.
+
+Knows the hooks. The table is `table`, its file `files`, how it is counted `train`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.hub import Shared
+from ppd_compose.identity import Identity
+
+from .files import Stored, read_folder, recognises, write_folder
+from .table import Table
+
+
+class NGramTable(Shared):
+    """Drafter: the likeliest continuations by an n-gram model of what the base says, as a tree.
+
+    Needs no forward. It is as good for every base with the same tokenizer that talks like the one it was counted from.
+
+    Args:
+        table: chances of tokens after contexts.
+        size: most nodes of a draft.
+        depth: most tokens of a path.
+        accuracy: `[rank]`, how often the guess of that rank was the next token on held-out replies. It is kept and
+            shown, and decides nothing.
+        identity: the base whose replies were counted, checked by `compose`.
+        training: how they were counted, as plain data.
+
+    Raises:
+        ValueError: size or depth below 1.
+    """
+
+    name = "ngram"
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        size: int = 16,
+        depth: int = 8,
+        accuracy: Sequence[float] = (),
+        identity: Identity | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        if min(size, depth) < 1:
+            raise ValueError(f"size and depth must be at least 1, got {size} and {depth}")
+        self.table, self.size, self.depth = table, size, depth
+        self.settings = {"size": size, "depth": depth}
+        self.accuracy, self.identity = tuple(accuracy), identity
+        self.training = dict(training or {})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        size: int = 16,
+        depth: int = 8,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> NGramTable:
+        """Load a table from a folder or the Hub; see `files.read_folder` for what is refused."""
+        stored = read_folder(source, revision=revision, token=token)
+        return cls(
+            stored.table, size=size, depth=depth, accuracy=stored.accuracy, identity=stored.identity,
+            training=stored.training,
+        )  # fmt: skip
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+        """Write config and tensors, and `card` as README.md beside."""
+        write_folder(Stored(self.table, self.identity, self.accuracy, self.training), Path(folder), card)
+
+    @staticmethod
+    def recognises(config: Mapping[str, Any], files: set[str]) -> bool:
+        """Does a folder with these file names hold such a table?"""
+        return recognises(files)
+
+    @hookimpl
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuse a base of a smaller vocabulary; warn when it is another one than was counted."""
+        base = Identity.of(model)
+        needed = self.table.largest + 1
+        if needed > base.vocab_size or (self.identity is not None and self.identity.vocab_size != base.vocab_size):
+            counted = self.identity or f"a vocabulary of at least {needed}"
+            raise ValueError(f"this n-gram table was counted for {counted}; it cannot be used on {base}")
+        if self.identity is not None:
+            self.identity.warn_of_other_weights(base, "this n-gram table")
+
+    @hookimpl
+    def propose(self, step: Step) -> TokenTree | None:
+        """The likeliest continuations of the text, best first."""
+        size = min(self.size, step.budget.max_rows - 1)
+        rows = [(step.ids[-1], -1, 0.0), *self._continuations(tuple(step.ids[-self.table.order :]), size)]
+        return TokenTree.of(*zip(*rows, strict=True)) if len(rows) > 1 else None
+
+    def _continuations(self, text: tuple[int, ...], size: int) -> Iterator[tuple[int, int, float]]:
+        """Tokens that may follow, a parent before its children: (token, parent's row, log of the claimed chance)."""
+        heap: list[tuple[float, int, int, int, tuple[int, ...], int]] = []
+        order = count()  # of equals the first found goes first
+        claim, level = 0.0, 0
+        for row in range(size + 1):
+            if level < self.depth:
+                for token, chance in self.table.after(text):
+                    heapq.heappush(heap, (-claim - chance, next(order), token, row, text, level + 1))
+            if not heap or row == size:
+                return
+            negative, _, token, parent, above, level = heapq.heappop(heap)
+            text, claim = (*above, token)[-self.table.order :], -negative
+            yield token, parent, claim
