@@ -65,7 +65,7 @@ def test_the_shipped_adapter_is_small_and_loads():
     assert "ppd-compose train ppd" in (shipped.shipped_drafter("ppd") / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("name", "limit"), [("medusa", 6_000_000), ("eagle", 12_000_000)])
+@pytest.mark.parametrize(("name", "limit"), [("medusa", 6_000_000), ("eagle", 12_000_000), ("ngram", 2_000_000)])
 def test_the_shipped_heads_are_small_and_load(name, limit):
     folder = shipped.shipped_drafter(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= limit

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ppd_compose.integrations.lookup import PromptLookup, Text
 from ppd_compose.integrations.recycling import TokenRecycling
+from test_ngram import ngram_table
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 
 from ppd_compose import TokenTree, compose, hookimpl, load_drafter, plugins
@@ -19,6 +20,7 @@ OURS = {
     "ppd": lambda base: prompt_tokens(),
     "lookup": lambda base: PromptLookup(),
     "recycling": lambda base: TokenRecycling(),
+    "ngram": lambda base: ngram_table(),
 }
 
 

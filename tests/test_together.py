@@ -10,6 +10,7 @@ from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_eagle import eagle
 from test_medusa import random_heads
+from test_ngram import ngram_table
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import compose
@@ -21,6 +22,7 @@ MAKERS = {
     "draft-model": lambda base: DraftModel(tiny("llama", seed=5, dtype=base.dtype), width=2),
     "lookup": lambda base: PromptLookup(),
     "recycling": lambda base: TokenRecycling(),
+    "ngram": lambda base: ngram_table(),
 }
 LISTINGS = [listing for count in (1, 2, len(MAKERS)) for listing in combinations(MAKERS, count)]
 

@@ -11,6 +11,7 @@ from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import eagle, random_head
 from test_medusa import FEW, random_heads
+from test_ngram import ngram_table
 from tiny import VOCAB, prompt, prompt_tokens, tiny
 
 from ppd_compose import PromptTokens, compose, compose_from_pretrained, load_drafter
@@ -21,6 +22,7 @@ HEADS = {
     "medusa-own": lambda: MedusaHeads(random_heads(2, outputs=1, token_map=FEW, vocab=VOCAB)),
     "eagle": lambda: EagleHead(replace(random_head(), identity=Identity.of(tiny()), accuracy=(0.5, 0.25))),
     "eagle-1": lambda: eagle(1),
+    "ngram": lambda: ngram_table(identity=Identity.of(tiny()), accuracy=[0.5, 0.25]),
 }
 LAYOUTS = {"medusa-own": {"layout": "vllm"}}
 
@@ -29,7 +31,7 @@ def everything_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.filterwarnings("ignore:.*same shapes but other weights")
+@pytest.mark.filterwarnings("ignore:.*(same shapes but other weights|fewer guesses may be right)")
 @pytest.mark.parametrize("kind", HEADS)
 def test_mutated_heads_load_or_are_refused_in_words(tmp_path, monkeypatch, kind):
     """No crash, no code executed, nothing written."""

@@ -6,6 +6,7 @@ Knows the hooks. The table is `table`, its file `files`, how it is counted `trai
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -36,7 +37,7 @@ class NGramTable(Shared):
         training: how they were counted, as plain data.
 
     Raises:
-        ValueError: size or depth below 1.
+        ValueError: size or depth below 1, or accuracies that are no shares.
     """
 
     name = "ngram"
@@ -53,6 +54,8 @@ class NGramTable(Shared):
     ) -> None:
         if min(size, depth) < 1:
             raise ValueError(f"size and depth must be at least 1, got {size} and {depth}")
+        if not all(0 <= share <= 1 for share in accuracy):
+            raise ValueError(f"accuracy must be shares between 0 and 1, got {accuracy}")
         self.table, self.size, self.depth = table, size, depth
         self.settings = {"size": size, "depth": depth}
         self.accuracy, self.identity = tuple(accuracy), identity
@@ -86,14 +89,19 @@ class NGramTable(Shared):
 
     @hookimpl
     def prepare(self, model: PreTrainedModel) -> None:
-        """Refuse a base of a smaller vocabulary; warn when it is another one than was counted."""
-        base = Identity.of(model)
-        needed = self.table.largest + 1
-        if needed > base.vocab_size or (self.identity is not None and self.identity.vocab_size != base.vocab_size):
-            counted = self.identity or f"a vocabulary of at least {needed}"
-            raise ValueError(f"this n-gram table was counted for {counted}; it cannot be used on {base}")
-        if self.identity is not None:
-            self.identity.warn_of_other_weights(base, "this n-gram table")
+        """Refuse a base without some of the tokens; warn when it is another one than was counted."""
+        base, counted = Identity.of(model), self.identity
+        if self.table.largest >= base.vocab_size:
+            raise ValueError(
+                f"this n-gram table names token {self.table.largest}; it cannot be used on {base}: give the table of "
+                f"a base with the same tokenizer{f', as {counted} has it' if counted else ''}"
+            )
+        if counted is not None and counted.fingerprint != base.fingerprint:
+            warnings.warn(
+                f"{base} is not {counted}, whose replies this n-gram table counts. The tokens stay the same, but fewer "
+                "guesses may be right, and hardly any where the tokenizers differ",
+                stacklevel=2,
+            )
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
