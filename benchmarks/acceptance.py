@@ -103,7 +103,7 @@ def main(
     """Print, as the last line, the result as JSON."""
     loaded = load_base("demo", "float32")
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category)
-    listings = drafters or ["ppd", "medusa", "eagle", "lookup", "recycling", "ppd+medusa+eagle+recycling+lookup"]
+    listings = drafters or ["ppd", "medusa", "eagle", "ngram", "lookup", "recycling", "ppd+medusa+eagle+ngram+recycling+lookup"]
     command = (
         f"python benchmarks/acceptance.py --questions {questions.name} --per-category {per_category} "
         f"--tokens {tokens} --rows {rows}"

@@ -47,7 +47,7 @@ def main(
     if quick:
         per_category, tokens, rounds = QUICK["per_category"], QUICK["tokens"], QUICK["rounds"]
     loaded = load_base(base, dtype, device)
-    listings = {listing: drafters_of(listing) for listing in drafters or ["ppd+recycling+lookup"]}
+    listings = {listing: drafters_of(listing) for listing in drafters or ["ppd+ngram+recycling+lookup"]}
     contenders: dict[str, Any] = bench_job.composed(loaded, listings, ways.split("+"), None)
     answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
