@@ -25,6 +25,7 @@ from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
 from ppd_compose.tree import union
 
+ALL = ("ppd", "medusa", "eagle", "ngram", "recycling", "lookup")
 AHEAD = 8  # tokens of the model's own continuation that drafts are compared with
 
 
@@ -103,7 +104,7 @@ def main(
     """Print, as the last line, the result as JSON."""
     loaded = load_base("demo", "float32")
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category)
-    listings = drafters or ["ppd", "medusa", "eagle", "ngram", "lookup", "recycling", "ppd+medusa+eagle+ngram+recycling+lookup"]
+    listings = drafters or [*ALL, "+".join(ALL)]
     command = (
         f"python benchmarks/acceptance.py --questions {questions.name} --per-category {per_category} "
         f"--tokens {tokens} --rows {rows}"

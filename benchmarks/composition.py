@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from ppd_compose.integrations.medusa import MC_SIM_7B_63, MedusaHeads
 from rich.progress import track
 from sweep import Forwards
 
@@ -24,8 +26,11 @@ from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
 from ppd_compose.evidence import Evidence
 from ppd_compose.loading import load_base
+from ppd_compose.offline import OfflinePromptTokens
 from ppd_compose.prompts import read_prompts
 from ppd_compose.rows import BestRows
+
+STATIC = 16  # rows of trees that are the same at every step
 
 
 class Unlearnt(Evidence):
@@ -80,6 +85,18 @@ def variants(names: Sequence[str]) -> Iterator[tuple[str, list[Any], list[Any]]]
     yield "all, always asked", fresh(), [AlwaysAsk()]
     if "recycling" in names:
         yield "all, nobody extends", [Rooted(d) if d.name == "recycling" else d for d in fresh()], []
+    if "ppd" in names:
+        yield f"ppd, offline tree of {STATIC} rows", [OfflinePromptTokens(load_drafter("ppd"), STATIC)], []
+    if "medusa" in names:
+        heads = load_drafter("medusa").heads
+        yield "medusa, static tree", [MedusaHeads(heads, choices=MC_SIM_7B_63[:STATIC])], []
+
+
+def subsets(names: Sequence[str], largest: int) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Every set of up to `largest` drafters, and all of them."""
+    sizes = [*range(1, min(largest, len(names) - 1) + 1), len(names)]
+    for chosen in (chosen for size in sizes for chosen in combinations(names, size)):
+        yield "+".join(chosen), [load_drafter(name) for name in chosen], []
 
 
 def decoded(base: Any, questions: Sequence[Question], tokens: int, budget: Budget, variant: Any) -> dict[str, Any]:
@@ -106,10 +123,13 @@ def decoded(base: Any, questions: Sequence[Question], tokens: int, budget: Budge
 def main(
     questions: Annotated[Path, typer.Option(help="JSON lines, as of Spec-Bench.")],
     curve: Annotated[Path, typer.Option(help="Budget, as JSON, whose seconds count.")],
-    drafters: Annotated[str, typer.Option(help="Names joined by '+'.")] = "ppd+recycling+lookup",
+    drafters: Annotated[str, typer.Option(help="Names joined by '+'.")] = "ppd+ngram+recycling+lookup",
     per_category: int = 3,
     tokens: int = 96,
     rows: Annotated[int, typer.Option(help="A fixed number of rows instead of the budget's choice; 0 is none.")] = 0,
+    largest: Annotated[
+        int, typer.Option("--subsets", help="Sets of up to so many drafters and all, instead of ablations; 0 is none.")
+    ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
 ) -> None:
     """Print a line a variant, and as the last line the result as JSON."""
@@ -117,12 +137,13 @@ def main(
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category)
     budget = Budget.flat(rows) if rows else Budget.load(curve)
     told = []
-    for variant in variants(drafters.split("+")):
+    names = drafters.split("+")
+    for variant in subsets(names, largest) if largest else variants(names):
         told.append(decoded(loaded.model, asked, tokens, budget, variant))
         print(told[-1], flush=True)
     command = (
         f"python benchmarks/composition.py --questions {questions.name} --curve {curve.name} --drafters {drafters} "
-        f"--per-category {per_category} --tokens {tokens} --rows {rows}"
+        f"--per-category {per_category} --tokens {tokens} --rows {rows} --subsets {largest}"
     )
     result = {
         "environment": environment(loaded.model, command),

@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("speed", "compiled", "drafters", "exactness")
+NAMES = ("chart", "speed", "compiled", "drafters", "pairs", "exactness")
 
 
 def load(name: str) -> Any:
@@ -51,7 +51,7 @@ def contenders(name: str, forwards: str) -> str:
         + " | **all** |",
         "|---" * (len(categories) + 7) + "|",
     ]
-    for told in result["runs"]:
+    for told in (run for run in result["runs"] if not _is_pair(run["name"])):
         speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
         figures = ["", "", "", ""]
         if told["tokens_per_forward"]:
@@ -68,7 +68,42 @@ def contenders(name: str, forwards: str) -> str:
 
 def drafters() -> str:
     """Drafters alone and composed, with forwards as the base does them."""
-    return contenders("peers-eager", "eager")
+    return contenders("drafters-eager", "eager")
+
+
+def pairs() -> str:
+    """Speed-up of every pair of drafters, and of each alone, with forwards as the base does them."""
+    result = load("drafters-eager")
+    speeds = {frozenset(run["name"].split("+")): run["speedup"] for run in result["runs"]}
+    names = [run["name"] for run in result["runs"] if "+" not in run["name"] and " " not in run["name"]]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for mine in names:
+        cells = [f"{speeds[frozenset([mine, other])]:.2f}" for other in names[: names.index(mine) + 1]]
+        lines.append(f"| {mine} | " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def _is_pair(name: str) -> bool:
+    return " " not in name and name.count("+") == 1
+
+
+def chart() -> str:
+    """Speed-ups over eager generate, with compiled forwards and of others, as a chart that Markdown viewers draw."""
+    result = load("peers-compiled")
+    ranked = sorted((run for run in result["runs"]), key=lambda run: -run["speedup"])
+    names = ", ".join(f'"{run["name"].removesuffix(" compiled")}"' for run in ranked)
+    speeds = ", ".join(f"{run['speedup']:.2f}" for run in ranked)
+    return "\n".join(
+        [
+            "```mermaid",
+            "xychart-beta horizontal",
+            '    title "Tokens per second over those of generate"',
+            f"    x-axis [{names}]",
+            '    y-axis "times as fast" 0 --> 4',
+            f"    bar [{speeds}]",
+            "```",
+        ]
+    )
 
 
 def compiled() -> str:
@@ -116,7 +151,10 @@ def exactness() -> str:
 
 def render(name: str) -> str:
     """The table `name` as Markdown."""
-    made = {"speed": speed, "compiled": compiled, "drafters": drafters, "exactness": exactness}
+    made = {
+        "chart": chart, "speed": speed, "compiled": compiled, "drafters": drafters, "pairs": pairs,
+        "exactness": exactness,
+    }  # fmt: skip
     return made[name]()
 
 

@@ -174,6 +174,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "identical": sum(a.ids == b.ids for a, b in zip(answers, base, strict=True)),
         "questions": len(answers),
         "acceptance": _acceptance(stats),
+        "reliability": _reliability(stats),
         "by_category": {c: _category(c, answers, base) for c in dict.fromkeys(a.category for a in answers)},
     }
 
@@ -212,6 +213,13 @@ def _acceptance(stats: Sequence[Stats]) -> dict[str, dict[int, float]]:
         depths = sorted({depth for s in stats for depth in s.accepted[name]})
         shares[name] = {d: sum(s.accepted[name][d] for s in stats) / forwards for d in depths}
     return shares
+
+
+def _reliability(stats: Sequence[Stats]) -> list[dict[str, float]]:
+    """By tenth of the claimed chance: guesses below accepted nodes, their mean chance, and the share that came true."""
+    tenths = zip(*(s.claims for s in stats), strict=True)
+    summed = [[sum(column) for column in zip(*tenth, strict=True)] for tenth in tenths]
+    return [{"guesses": n, "claimed": claimed / n, "right": right / n} for n, claimed, right in summed if n]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from .storage import cache_folder
 
 ENOUGH = 24  # forwards of one number of rows before they are compared
 LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
-TOLERANCE = 1.2  # ratio of two sizes' disagreements from which the budget is corrected
+TOLERANCE = 1.1  # ratio of two sizes' disagreements from which the budget is corrected
 FORWARDS = 3  # another number where this project's forwards come to take otherwise
 
 

@@ -18,6 +18,7 @@ from .sources import read_object
 from .storage import write_text
 
 WIDTH, HEIGHT, MARGIN = 640, 240, 44  # of a chart, in units of its own
+SQUARE = 32, 208  # where the charts of claimed chances begin and end, both ways
 DEEPEST = 8  # depth whose acceptance is told
 NODE_WIDTH, NODE_HEIGHT = 92, 46  # of a drawn tree
 
@@ -53,6 +54,8 @@ def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
         "deepest": DEEPEST,
         "latency": [_latency(name, budget, runs) for name, budget in _different(result["budgets"]).items()],
         "acceptance": [_acceptance(run) for run in runs if run["acceptance"]],
+        "reliability": [_reliability(run) for run in runs if run.get("reliability")],
+        "square": SQUARE,
         "traces": [_trace(name, told, drafters) for name, told in result.get("traces", {}).items()],
     }
 
@@ -120,6 +123,21 @@ def _acceptance(run: Mapping[str, Any]) -> dict[str, Any]:
         for name, shares in run["acceptance"].items()
     }
     return {"name": run["name"], "depths": list(range(1, deepest + 1)), "rows": rows}
+
+
+def _reliability(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Points of claimed chance and what came of it, larger where there were more guesses."""
+    (near, far), most = SQUARE, max(tenth["guesses"] for tenth in run["reliability"])
+    points = [
+        {
+            "x": round(near + tenth["claimed"] * (far - near), 1),
+            "y": round(far - tenth["right"] * (far - near), 1),
+            "r": round(2 + 6 * (tenth["guesses"] / most) ** 0.5, 1),
+            "told": f"{tenth['guesses']:.0f} guesses: claimed {tenth['claimed']:.2f}, right {tenth['right']:.2f}",
+        }
+        for tenth in run["reliability"]
+    ]
+    return {"name": run["name"], "points": points}
 
 
 def _trace(name: str, told: Mapping[str, Any], drafters: Sequence[str]) -> dict[str, Any]:

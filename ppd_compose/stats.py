@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from .step import Step
-from .tree import row_depths
+from .tree import judged, row_depths
+
+TENTHS = 10  # of the chances that guesses claim, which are counted apart
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Stats:
     candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # By tenth of the chance that guesses below accepted nodes claimed: how many, the sum of chances, how many right.
+    claims: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(TENTHS)])
 
     @property
     def tokens_per_forward(self) -> float:
@@ -68,6 +72,10 @@ class Stats:
             by_depth = np.bincount(depths[mine]).tolist()
             self.candidates[name].update({depth: count for depth, count in enumerate(by_depth) if count})
             self.accepted[name].update(depths[[node for node in step.path if mine[node]]].tolist())
+        chances, right = judged(tree, step.path, step.ids[-len(step.path) :])
+        for chance, came_true in zip(chances.tolist(), right.tolist(), strict=True):
+            tenth = self.claims[min(int(TENTHS * chance), TENTHS - 1)]
+            tenth[:] = tenth[0] + 1, tenth[1] + chance, tenth[2] + came_true
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Stats:
@@ -77,6 +85,7 @@ class Stats:
             for name, counts in theirs.items():
                 mine[name].update({int(depth): count for depth, count in counts.items()})
         made.seconds.update(told["seconds"])
+        made.claims = [list(tenth) for tenth in told["claims"]]
         return made
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,4 +101,5 @@ class Stats:
             "candidates": {name: dict(sorted(c.items())) for name, c in self.candidates.items()},
             "accepted": {name: dict(sorted(c.items())) for name, c in self.accepted.items()},
             "seconds": dict(self.seconds),
+            "claims": self.claims,
         }

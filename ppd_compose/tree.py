@@ -177,6 +177,18 @@ def row_depths(parents: Ints) -> Ints:
     return np.asarray(depths, np.int64)
 
 
+def judged(tree: TokenTree, path: Sequence[int], following: Sequence[int]) -> tuple[Floats, Bools]:
+    """Of the nodes below those of the accepted `path`, the chances that they claimed given their parents, and which of
+    them came true; `following[i]` is the token after `path[i]`."""
+    place = np.full(len(tree) + 1, -1)  # the last entry is for the root's parent
+    place[path] = np.arange(len(path))
+    place = place[tree.parents]
+    below = np.flatnonzero(place >= 0)
+    claims = np.exp(tree.log_probs[below] - tree.log_probs[tree.parents[below]])
+    right: Bools = tree.tokens[below] == np.asarray(following)[place[below]]
+    return claims, right
+
+
 def path_log_probs(given: Floats, parents: Ints) -> Floats:
     """Claims for whole paths `[nodes]` of claims for nodes given those above them; the root's is 0."""
     claims = given.tolist()

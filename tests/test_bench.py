@@ -84,6 +84,8 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
         assert run["identical"] == 4
     assert result["runs"][1]["tokens_per_forward"] > 0
     assert list(result["runs"][1]["acceptance"]) == ["recycling"]
+    assert result["runs"][0]["reliability"] == []
+    assert all(0 <= tenth["right"] <= 1 and tenth["guesses"] > 0 for tenth in result["runs"][1]["reliability"])
 
 
 def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):

@@ -8,6 +8,7 @@ import peers
 import pytest
 import sweep
 import torch
+import training
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_compose import tokenizer
@@ -16,6 +17,7 @@ from tiny import prompt, prompt_tokens, tiny
 from ppd_compose import Budget, TokenTree, compose
 from ppd_compose.bench import Question, greedy
 from ppd_compose.loading import LoadedBase
+from ppd_compose.replies import Reply
 
 MAKERS = {"ppd": prompt_tokens, "lookup": PromptLookup, "recycling": TokenRecycling}
 STEEP = Budget((1, 64), (0,), ((1.0, 64.0),))
@@ -54,11 +56,31 @@ def test_variants_of_a_composition_decode_the_same_number_of_tokens():
     told = [composition.decoded(tiny(), asked(), 20, FLAT, variant) for variant in composition.variants(names)]
     assert [variant["name"] for variant in told] == [
         *names, "all", "all, highest claim", "all, weights not learnt", "all, promises believed", "all, always asked",
-        "all, nobody extends",
+        "all, nobody extends", "ppd, offline tree of 16 rows",
     ]  # fmt: skip
     for variant in told:
         assert variant["tokens_per_forward"] >= 1
         assert variant["tokens_per_second"] > 0
+
+
+def test_subsets_of_drafters():
+    names = ["ppd", "lookup", "recycling"]
+    assert [name for name, _, _ in composition.subsets(names, 1)] == [*names, "ppd+lookup+recycling"]
+    assert [name for name, _, _ in composition.subsets(names, 2)] == [
+        *names, "ppd+lookup", "ppd+recycling", "lookup+recycling", "ppd+lookup+recycling",
+    ]  # fmt: skip
+    assert len(list(composition.subsets(names, 3))) == 7
+
+
+@pytest.mark.parametrize("kind", training.KINDS)
+def test_training_tells_seconds_and_accuracies(kind):
+    base = tiny(dtype=torch.float32)
+    replies = [Reply(prompt(seed=seed)[0].tolist(), list(range(2, 30))) for seed in range(5)]
+    few, more = training.trained(kind, base, replies[:-1], replies[-1:], [2, 4])
+    assert (few["amount"], more["amount"]) == (2, 4)
+    for told in (few, more):
+        assert told["seconds"] > 0
+        assert all(0 <= share <= 1 for shares in told["accuracy"] for share in shares)
 
 
 def test_a_draft_is_right_as_far_as_it_holds_the_text():

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from ppd_compose.integrations.ngram import NGramTable
 from tables import NAMES, render
 from test_compose import tokenizer
+from test_ngram import ngram_table
 from tiny import prompt_tokens, tiny
 
 from ppd_compose import PromptTokens, load_drafter, shipped
@@ -26,6 +28,7 @@ def test_all_code_runs_in_order(monkeypatch, capsys, tmp_path):
     made = prompt_tokens()
     tokens = PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(base))
     monkeypatch.setattr(PromptTokens, "from_pretrained", lambda *a, **k: tokens)
+    monkeypatch.setattr(NGramTable, "from_pretrained", lambda *a, **k: ngram_table())
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)

@@ -230,5 +230,7 @@ def test_statistics_add_up():
     assert stats.tokens == 30
     assert 30 - stats.forwards <= sum(sum(depths.values()) for depths in stats.accepted.values())
     assert stats.forwards < 30
+    assert sum(right for _, _, right in stats.claims) == 30 - stats.forwards
+    assert all(0 <= claimed <= guesses for guesses, claimed, _ in stats.claims)
     assert set(stats.seconds) >= {"prefill", "propose oracle", "propose ppd", "merge", "fit", "verify", "accept"}
     assert stats.as_dict()["tokens_per_forward"] == pytest.approx(30 / stats.forwards)

@@ -33,6 +33,7 @@ def run(name, speedup, drafters, **more):
         "name": name, **told, "speedup_by_round": [speedup - 0.1, speedup + 0.1], "expected_per_forward": 1.4,
         "rows_per_forward": 5.5, "host_ms_per_step": 2.0, "questions": 2,
         "acceptance": {drafter: {"1": 0.4, "2": 0.1} for drafter in drafters}, "by_category": {"qa": told},
+        "reliability": [{"guesses": 40, "claimed": 0.25, "right": 0.2}] if drafters else [],
         "divergences": [{"question": 1, "gap": 0.125}], **more,
     }  # fmt: skip
 
@@ -112,6 +113,7 @@ def test_the_page_tells_the_figures_and_escapes_what_it_is_given(result, tmp_pat
     assert "1.20x" in page.text  # gained by composing
     assert "1.70 to 1.90" in page.text
     assert "at most 0.125 apart" in re.sub(r"\s+", " ", page.text).replace("\n", " ")
+    assert 'cx="76.0" cy="172.8" r="8.0"' in text  # claimed 0.25, right 0.2
     assert "<script>two</script>" in page.text
     assert "script" not in page.tags
     assert "http" not in text

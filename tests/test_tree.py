@@ -6,7 +6,7 @@ import torch
 from tiny import array
 
 from ppd_compose import Appended, TokenTree
-from ppd_compose.tree import ancestors, cut, depth_first, row_depths, shallow, stacked_parents, union
+from ppd_compose.tree import ancestors, cut, depth_first, judged, row_depths, shallow, stacked_parents, union
 
 
 def paths(tree):
@@ -95,3 +95,10 @@ def test_the_likeliest_path_comes_first():
     assert again.tokens.tolist() == [9, 2, 3, 5, 1, 4]
     assert again.parents.tolist() == [-1, 0, 1, 2, 0, 4]
     assert depth_first(tree, np.array([0, 1, 3, 2])).tolist() == [0, 2, 3, 1]
+
+
+def test_what_an_accepted_path_tells_of_the_guesses_below_it():
+    drafted = TokenTree.of([7, 3, 4, 5, 6], [-1, 0, 0, 2, 1], np.log([1.0, 0.5, 0.4, 0.1, 0.2]))
+    claims, right = judged(drafted, [0, 2], [4, 9])
+    np.testing.assert_allclose(claims, [0.5, 0.4, 0.25])
+    assert right.tolist() == [False, True, False]
