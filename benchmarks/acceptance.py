@@ -89,10 +89,6 @@ def measured(base: Any, listing: str, questions: Sequence[Question], tokens: int
     }
 
 
-def _shares(counts: Counter[int], of: int) -> dict[int, float]:
-    return {rank: count / of for rank, count in sorted(counts.items())}
-
-
 def main(
     questions: Annotated[Path, typer.Option(help="JSON lines, as of Spec-Bench.")],
     drafters: Annotated[list[str] | None, typer.Option(help="Joined by '+'. Repeatable.")] = None,
