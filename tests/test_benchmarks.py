@@ -10,6 +10,8 @@ import sweep
 import torch
 import training
 from ppd_compose.integrations.lookup import PromptLookup
+from ppd_compose.integrations.medusa import MC_SIM_7B_63
+from ppd_compose.integrations.medusa.choices import Choices
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_compose import tokenizer
 from tiny import prompt, prompt_tokens, tiny
@@ -61,6 +63,10 @@ def test_variants_of_a_composition_decode_the_same_number_of_tokens():
     for variant in told:
         assert variant["tokens_per_forward"] >= 1
         assert variant["tokens_per_second"] > 0
+
+
+def test_the_static_tree_of_the_ablation_is_a_tree():
+    assert len(Choices.of(MC_SIM_7B_63[: composition.STATIC], 4).parents) == composition.STATIC + 1
 
 
 def test_subsets_of_drafters():

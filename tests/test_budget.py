@@ -96,6 +96,15 @@ def test_a_budget_that_disagrees_with_what_forwards_take_is_corrected_and_kept(t
     assert watch.kept_true(base, better) is better
 
 
+def test_sizes_that_disagree_by_a_tenth_correct_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppd_compose.measured.cache_folder", lambda: tmp_path)
+    base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
+    observed(watch, budget, {1: 1.0, 8: 1.15})
+    assert watch.kept_true(base, budget) is budget
+    observed(watch, budget, {1: 1.0, 8: 1.25}, times=150)
+    assert watch.kept_true(base, budget).seconds[0][1] == pytest.approx(1.25)
+
+
 def test_a_machine_that_is_slower_throughout_and_forwards_of_long_ago_change_nothing():
     base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
     observed(watch, budget, {1: 3.0, 8: 3.2})

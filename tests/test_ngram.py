@@ -116,6 +116,12 @@ def test_what_the_table_knows_is_accepted():
     assert model.stats.forwards < 20
 
 
+def test_the_tables_index_is_made_before_decoding():
+    drafter = ngram_table()
+    compose(tiny(), drafter, budget=8)
+    assert "_known" in vars(drafter.table)
+
+
 def test_what_is_saved_is_read(tmp_path):
     made = ngram_table(size=5, depth=3, accuracy=[0.5, 0.25], identity=Identity.of(tiny()), training={"order": 2})
     made.save_pretrained(tmp_path / "one")

@@ -25,7 +25,7 @@ from .table import Table
 class NGramTable(Shared):
     """Drafter: the likeliest continuations by an n-gram model of what the base says, as a tree.
 
-    Needs no forward. It is as good for every base with the same tokenizer that talks like the one it was counted from.
+    Needs no forward. Other bases with the same tokenizer are served too, by what the counted one tends to say.
 
     Args:
         table: chances of tokens after contexts.
@@ -102,6 +102,7 @@ class NGramTable(Shared):
                 "guesses may be right, and hardly any where the tokenizers differ",
                 stacklevel=2,
             )
+        self.table.after([0])  # the first search makes the table's index: now, and not while decoding
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
