@@ -46,6 +46,8 @@ for command in (push, pull, convert):
 console = Console(stderr=True)
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+MISTYPED = 2
+UsageError: Any = typer.BadParameter.__base__  # of every mistyped command; typer gives it no public name
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
 ListingOption = Annotated[
@@ -67,6 +69,9 @@ def main() -> None:
         code = app(standalone_mode=False)  # an exit code, where typer ended the command itself
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except UsageError as error:
+        error.show()
+        code = MISTYPED
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         console.print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
         code = 1

@@ -182,6 +182,18 @@ def test_errors_are_one_line_and_nothing_is_written(place, monkeypatch, capsys, 
     assert not (place / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [("bench", "--nonsense"), ("bench", "--max-new-tokens", "x"), ("nonsense",), ("generate",)]
+)
+def test_a_mistyped_command_is_told_without_a_traceback(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "Usage:" in told and "--help" in told
+
+
 def test_ctrl_c_ends_with_130(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppd-compose", "plugins"])
     monkeypatch.setattr(cli, "load_drafter", lambda source: (_ for _ in ()).throw(KeyboardInterrupt))
