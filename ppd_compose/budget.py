@@ -24,6 +24,8 @@ from .verify import Context, verify
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
+BATCHES = 5  # of rounds at most, while they find faster forwards
+SETTLED = 0.97  # how much faster does not matter
 LARGEST = 2**20  # of rows and contexts that are believed
 
 
@@ -60,23 +62,17 @@ class Budget:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, model: PreTrainedModel, rounds: int = 7) -> Budget:
-        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of `rounds` (seconds in all).
+    def measure(cls, model: PreTrainedModel, rounds: int = 4) -> Budget:
+        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of all (seconds in all).
 
         What else runs on the machine only ever adds time, so the fastest is the truest, and a forward is never taken to
-        cost more than one of more rows.
+        cost more than one of more rows. As long as another `rounds` find faster ones the machine was busy, and more
+        are made, up to `BATCHES` times.
         """
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
         contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(MEASURED_ROWS) <= longest) or (1,)
-        table = []
-        for context in contexts:
-            cache = _filled(model, context)
-            times = {n: [_time_forward(model, cache, n)] for n in MEASURED_ROWS}  # the first warms up
-            for n in MEASURED_ROWS * rounds:
-                times[n].append(_time_forward(model, cache, n))
-            fastest = [min(times[n][1:]) for n in MEASURED_ROWS]
-            table.append(fastest)
-        return cls(MEASURED_ROWS, contexts, tuple(map(tuple, _rising(np.asarray(table)).tolist())))
+        table = _rising(np.stack([_fastest(model, context, rounds) for context in contexts]))
+        return cls(MEASURED_ROWS, contexts, tuple(map(tuple, table.tolist())))
 
     @property
     def max_rows(self) -> int:
@@ -123,6 +119,22 @@ def _rising(table: Floats) -> Floats:
     """`table` `[contexts, rows]`, where no forward costs more than one of more rows."""
     rising: Floats = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]
     return rising
+
+
+def _fastest(model: PreTrainedModel, context: int, rounds: int) -> Floats:
+    """Seconds of the fastest forward of each of `MEASURED_ROWS` below `context` tokens."""
+    cache = _filled(model, context)
+
+    def times() -> Floats:
+        return np.array([_time_forward(model, cache, n) for n in MEASURED_ROWS])
+
+    times()  # warms up
+    fastest: Floats = np.min([times() for _ in range(rounds)], axis=0)
+    for _ in range(BATCHES - 1):
+        before, fastest = fastest, np.min([fastest, *(times() for _ in range(rounds))], axis=0)
+        if (fastest > SETTLED * before).all():
+            break
+    return fastest
 
 
 def _filled(model: PreTrainedModel, context: int) -> DynamicCache:

@@ -52,6 +52,19 @@ def test_measured_seconds_are_positive_and_rise_with_the_rows(tmp_path):
     assert Budget.load(tmp_path / "budget.json") == budget
 
 
+@pytest.mark.parametrize("busy", [0, 25, 45])
+def test_a_machine_that_is_busy_for_a_while_is_measured_until_it_is_quiet(monkeypatch, busy):
+    timed = []
+
+    def seconds(model, cache, rows):
+        timed.append(rows)
+        return 0.001 * rows * (3 if len(timed) < busy and rows > 8 else 1)
+
+    monkeypatch.setattr("ppd_compose.budget._time_forward", seconds)
+    budget = Budget.measure(tiny(dtype=torch.float32), rounds=2)
+    assert budget.seconds[0] == pytest.approx([0.001 * rows for rows in budget.rows])
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"rows": [1]}', json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]})]
 )

@@ -191,7 +191,8 @@ def test_a_mistyped_command_is_told_without_a_traceback(monkeypatch, capsys, wor
         cli.main()
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert "Usage:" in told and "--help" in told
+    assert "Usage:" in told
+    assert "--help" in told
 
 
 def test_ctrl_c_ends_with_130(monkeypatch):
