@@ -1,6 +1,7 @@
 """What does a verify forward cost? Seconds by rows and context, computed as the base does it, packed and compiled.
 
-All three in turns at every point, so that a drift of the machine meets all alike.
+All three in turns at every point, so that a drift of the machine meets all alike. The floor is what the machine needs
+to read weights and cache once, by the bandwidth of a large copy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import track
+from shapes import base_of
 from transformers import Cache, DynamicCache
 
 from ppd_compose import TokenTree, compose
@@ -23,7 +25,7 @@ from ppd_compose.bench_job import WAYS
 from ppd_compose.budget import wait
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
-from ppd_compose.loading import DTYPES, load_base
+from ppd_compose.loading import DTYPES
 from ppd_compose.verify import Context, verify
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -50,12 +52,34 @@ def timed(model: Any, filled: Cache, tree: TokenTree) -> float:
     return time.perf_counter() - begin
 
 
+def bandwidth(model: Any, megabytes: int = 256) -> float:
+    """Bytes that the device of `model` reads and writes in a second, the best of several large copies."""
+    whole = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=model.device)
+    other, taken = torch.empty_like(whole), []
+    for _ in range(8):
+        wait(model)
+        begin = time.perf_counter()
+        other.copy_(whole)
+        wait(model)
+        taken.append(time.perf_counter() - begin)
+    return 2 * whole.nbytes / min(taken)
+
+
+def bytes_read(model: Any, cache: Any) -> int:
+    """Of all weights that a forward multiplies with, and of `cache`."""
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(weight.nbytes for weight in model.parameters()) - (0 if inputs is outputs else inputs.nbytes)
+    return weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 @torch.no_grad()
 def curves(models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Median seconds of each way at each context and number of rows; the first round warms up."""
-    told = []
+    told, some = [], next(iter(models.values()))
+    speed = bandwidth(some)
     for context in track(contexts, "contexts"):
         caches = {way: filled(model, context) for way, model in models.items()}
+        floor = bytes_read(some, next(iter(caches.values()))) / speed
         for n in rows:
             tree = TokenTree.of(list(range(10, 10 + n)), [-1, *(i // 2 for i in range(n - 1))], [0.0] * n)
             times: dict[str, list[float]] = {way: [] for way in models}
@@ -63,7 +87,7 @@ def curves(models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int],
                 for way, model in models.items():
                     times[way].append(timed(model, caches[way], tree))
             seconds = {way: median(taken[1:]) for way, taken in times.items()}
-            told.append({"context": context, "rows": n, "seconds": seconds})
+            told.append({"context": context, "rows": n, "seconds": seconds, "floor_seconds": floor})
     return told
 
 
@@ -71,21 +95,23 @@ def main(
     ways: Annotated[str, typer.Option(help="Joined by '+'.")] = "eager+packed+compiled",
     contexts: Annotated[list[int] | None, typer.Option("--context", help="Cached tokens. Repeatable.")] = None,
     rounds: int = 9,
-    base: Annotated[str, typer.Option(help="Folder, Hub id, or 'demo'.")] = "demo",
+    base: Annotated[str, typer.Option(help="Folder, Hub id, 'demo', or tiny, 1b, 7b, 8b of random weights.")] = "demo",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
     device: str = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
 ) -> None:
     """Print, as the last line, the result as JSON."""
-    loaded = load_base(base, dtype, device)
-    models = {way: compose(loaded.model, budget=64, **WAYS[way]) for way in ways.split("+")}
+    model, name = base_of(base, dtype, device)
+    models = {way: compose(model, budget=64, **WAYS[way]) for way in ways.split("+")}
     begin = time.perf_counter()
-    for model in models.values():
-        model.warmup()
+    for made in models.values():
+        made.warmup()
     warm = time.perf_counter() - begin
-    command = f"python benchmarks/latency.py --ways {ways} --rounds {rounds} --dtype {dtype} --device {device}"
+    command = (
+        f"python benchmarks/latency.py --ways {ways} --rounds {rounds} --base {name} --dtype {dtype} --device {device}"
+    )
     result = {
-        "environment": {**environment(loaded.model, command), "base": loaded.name},
+        "environment": {**environment(model, command), "base": name},
         "warmup_seconds": warm,
         "points": curves(models, contexts or CONTEXTS, ROWS, rounds),
     }

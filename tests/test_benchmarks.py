@@ -1,14 +1,21 @@
 """Benchmarks that decode run on a small model, and their figures are those of the decoding."""
 
+import json
+import subprocess
+
+import accelerator
 import acceptance
 import composition
 import exactness
 import latency
 import peers
 import pytest
+import shapes
+import steps
 import sweep
 import torch
 import training
+import typer
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.medusa import MC_SIM_7B_63
 from ppd_compose.integrations.medusa.choices import Choices
@@ -116,6 +123,51 @@ def test_latency_leaves_the_cache_as_it_was(monkeypatch):
     points = latency.curves({"eager": model, "again": model}, [8, 24], [1, 4], 2)
     assert [(point["context"], point["rows"]) for point in points] == [(8, 1), (8, 4), (24, 1), (24, 4)]
     assert all(seconds > 0 for point in points for seconds in point["seconds"].values())
+    assert all(point["floor_seconds"] > 0 for point in points)
+
+
+def test_the_floor_of_a_forward_is_what_it_must_read():
+    model, _ = shapes.base_of("tiny", "float32", "cpu")
+    cache = latency.filled(model, 8)
+    inputs = model.get_input_embeddings().weight
+    weights = sum(weight.numel() for weight in model.parameters()) - inputs.numel()
+    assert latency.bytes_read(model, cache) == 4 * (weights + 2 * 2 * 2 * 8 * 16)
+
+
+def test_steps_of_a_random_base_accept_as_often_as_told(tmp_path):
+    told = []
+    for rate in (0.0, 0.9):
+        file = tmp_path / f"{rate}.json"
+        steps.main(
+            rows=[16], ways="eager", rate=rate, prompt=24, tokens=60, rounds=1, dtype="float32", json_file=file
+        )  # fmt: skip
+        told.append(json.loads(file.read_text())["contenders"])
+    never, often = (made["composed eager 16"] for made in told)
+    assert never["tokens_per_forward"] == 1.0
+    assert often["tokens_per_forward"] > 1.3
+    assert set(told[0]) == {"generate", "generate static", "composed eager 16"}
+    assert 0 < often["host_share"] < 1
+
+
+def test_parts_for_an_accelerator_are_run_once_and_those_that_fail_are_told(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, check, stdout, timeout):
+        script, file = command[1], command[command.index("--json") + 1]
+        ran.append(script)
+        if script.endswith("throughput.py") and len(ran) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        assert 0 < timeout < 600
+        (tmp_path / file).write_text("{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(typer.Exit):
+        accelerator.main(tmp_path, shapes="tiny+1b")
+    assert len(ran) == 7
+    accelerator.main(tmp_path, shapes="tiny+1b")
+    assert len(ran) == 8
+    assert ran[-1] == ran[0]
+    assert sum(share for _, share, _ in accelerator.parts("demo", ["1b", "7b"], "cuda", "bfloat16")) <= 1.0
 
 
 LOGITS = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

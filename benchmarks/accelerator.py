@@ -1,0 +1,63 @@
+"""All that is to be measured on a GPU, in ten minutes: forwards and their floor, steps of any size, tokens a second.
+
+Each part is a benchmark of its own in a process of its own, with a share of the time. Parts whose result lies in the
+folder already are left out, so a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+HERE = Path(__file__).parent
+EVERY = "ppd+medusa+eagle+ngram+recycling+lookup"
+console = Console(stderr=True)
+
+
+def parts(base: str, shapes: list[str], device: str, dtype: str) -> Iterator[tuple[str, float, list[str]]]:
+    """Name, share of the time and command of each part."""
+    where = ["--device", device, "--dtype", dtype]
+    few = ["--context", "128", "--context", "1024", "--rounds", "5"]
+    composed = [word for listing in ("ppd", "ppd+ngram+recycling+lookup", EVERY) for word in ("--drafters", listing)]
+    quick = ["throughput.py", "--quick", "--ways", "eager+compiled", *composed, "--peer", "transformers static"]
+    yield "throughput", 0.4, [*quick, "--base", base, *where]
+    share = 0.6 / (2 * len(shapes) + 2)
+    for label, size in {"base": base, **{shape: shape for shape in shapes}}.items():
+        yield f"latency-{label}", share, ["latency.py", "--ways", "eager+compiled", "--base", size, *few, *where]
+        yield f"steps-{label}", share, ["steps.py", "--base", size, *where]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the results, made when it is not there.")],
+    base: Annotated[str, typer.Option(help="SmolLM2-135M-Instruct: a folder, a Hub id, or 'demo'.")] = "demo",
+    shapes: Annotated[str, typer.Option(help="Of random weights: tiny, 1b, 7b, 8b, joined by '+'.")] = "1b+7b",
+    minutes: Annotated[float, typer.Option(help="For everything.")] = 10.0,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+) -> None:
+    """Run every part that has no result yet; end with 1 when one of them gave none."""
+    out.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for name, share, (script, *options) in parts(base, shapes.split("+"), device, dtype):
+        result = out / f"{name}.json"
+        if result.exists():
+            continue
+        command = [sys.executable, str(HERE / script), *options, "--json", str(result)]
+        console.print(f"{name}: {script} {' '.join(options)}", highlight=False)
+        try:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60 * minutes * share)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            console.print(f"[yellow]{name} gave no result:[/] {type(error).__name__}", highlight=False)
+            missing.append(name)
+    if missing:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,140 @@
+"""What does a composed step take on a base of any size? Guesses come true as often as told, so none is trained.
+
+Prompt tokens of random numbers, recycling and lookup draft as ever, the forward verifies all of it, and which guesses
+are accepted is drawn. Against plain `generate`, and against it with a static cache that transformers compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from ppd_compose.integrations.lookup import PromptLookup
+from ppd_compose.integrations.recycling import TokenRecycling
+from shapes import base_of
+
+from ppd_compose import PromptTokens, TokenTree, compose, hookimpl
+from ppd_compose.bench_job import WAYS
+from ppd_compose.budget import wait
+from ppd_compose.environment import environment
+
+
+class DrawnAcceptance:
+    """Plugin: a guess comes true with probability `rate`, whatever the model says; it is asked all the same."""
+
+    name = "drawn-acceptance"
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.dice = rate, np.random.default_rng(0)
+
+    @hookimpl(tryfirst=True)
+    def accept(self, tree: TokenTree, pick: Any) -> Iterator[tuple[int, int]]:
+        """Walk down the likeliest children for as long as the draw allows."""
+        node: int | None = 0
+        while node is not None:
+            token, child = pick(node), None
+            children = np.flatnonzero(tree.parents == node)
+            if len(children) and self.dice.random() < self.rate:
+                child = int(children[tree.log_probs[children].argmax()])
+            yield node, token if child is None else int(tree.tokens[child])
+            node = child
+
+
+def composed(base: Any, way: str, rows: int, rate: float) -> Any:
+    """A composition of drafters that any base takes, which verifies up to `rows` rows at a time."""
+    hidden = base.config.get_text_config().hidden_size
+    noise = 0.02 * torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(0))
+    drafters = [PromptTokens(noise, [[0.3, 0.15, 0.1, 0.05]] * 3), TokenRecycling(), PromptLookup()]
+    model = compose(base, *drafters, budget=rows, plugins=[DrawnAcceptance(rate)], **WAYS[way])
+    model.warmup()
+    return model
+
+
+def timed(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> float:
+    """Seconds of one generation."""
+    wait(model)
+    begin = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    wait(model)
+    return time.perf_counter() - begin
+
+
+def told_of(model: Any, seconds: float) -> dict[str, float]:
+    """Of a composition's last generation, which took `seconds`."""
+    stats = model.stats
+    return {
+        "tokens_per_forward": stats.tokens_per_forward,
+        "rows_per_forward": stats.rows_per_forward,
+        "verify_ms_per_step": 1000 * stats.seconds["verify"] / stats.forwards,
+        "host_ms_per_step": 1000 * stats.host_seconds / stats.forwards,
+        "host_share": stats.host_seconds / seconds,
+    }
+
+
+def contenders_of(
+    base: Any, ways: list[str], rows: list[int], rate: float, tokens: int, static: bool
+) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """By name what generates, and with which settings."""
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    made: dict[str, tuple[Any, dict[str, Any]]] = {"generate": (base, length)}
+    if static:
+        made["generate static"] = (base, {**length, "cache_implementation": "static"})
+    for way in ways:
+        for n in rows:
+            made[f"composed {way} {n}"] = (composed(base, way, n, rate), {"max_new_tokens": tokens})
+    return made
+
+
+def main(
+    base: Annotated[str, typer.Option(help="tiny, 1b, 7b, 8b, or a folder, a Hub id, 'demo'.")] = "tiny",
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of a verify forward. Repeatable.")] = None,
+    ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "eager+compiled",
+    rate: Annotated[float, typer.Option(help="Chance of each guess; tokens a forward are 1 / (1 - rate).")] = 0.6,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    rounds: int = 3,
+    static: Annotated[bool, typer.Option(help="Also generate with a static cache.")] = True,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+) -> None:
+    """Print, as the last line, the result as JSON."""
+    model, name = base_of(base, dtype, device)
+    words = model.config.get_text_config().vocab_size
+    ids = torch.randint(5, words, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    contenders = contenders_of(model, ways.split("+"), rows or [16, 64], rate, tokens, static)
+    seconds = {
+        label: [timed(who, ids, settings)] for label, (who, settings) in contenders.items()
+    }  # the first warms up
+    for label, (who, settings) in list(contenders.items()) * rounds:
+        seconds[label].append(timed(who, ids, settings))
+    typical = {label: median(taken[1:]) for label, taken in seconds.items()}
+    command = (
+        f"python benchmarks/steps.py --base {base} --ways {ways} --rate {rate} --prompt {prompt} --tokens {tokens} "
+        f"--rounds {rounds} --dtype {dtype} --device {device}"
+    )
+    result = {
+        "environment": {**environment(model, command), "base": name},
+        "contenders": {
+            label: {
+                "tokens_per_second": tokens / typical[label],
+                "speedup": typical["generate"] / typical[label],
+                **(told_of(who, typical[label]) if label.startswith("composed") else {}),
+            }
+            for label, (who, _) in contenders.items()
+        },
+    }
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
