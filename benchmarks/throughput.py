@@ -40,6 +40,7 @@ def main(
     base: Annotated[str, typer.Option(help="Folder, Hub id, or 'demo'.")] = "demo",
     dtype: str = "bfloat16",
     device: str = "cpu",
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits (torchao), everyone's alike.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few questions, in a few minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
 ) -> None:
@@ -47,6 +48,8 @@ def main(
     if quick:
         per_category, tokens, rounds = QUICK["per_category"], QUICK["tokens"], QUICK["rounds"]
     loaded = load_base(base, dtype, device)
+    if int8:
+        to_eight_bits(loaded.model)
     listings = {listing: drafters_of(listing) for listing in drafters or ["ppd+ngram+recycling+lookup"]}
     contenders: dict[str, Any] = bench_job.composed(loaded, listings, ways.split("+"), None)
     answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
@@ -64,10 +67,19 @@ def main(
     command = (
         f"python benchmarks/throughput.py --questions {questions.name} {' '.join(words)} --ways {ways} --per-category "
         f"{per_category} --tokens {tokens} --rounds {rounds} --temperature {temperature:g} --base {loaded.name} "
-        f"--dtype {dtype} --device {device}{' --all-turns' if all_turns else ''}"
+        f"--dtype {dtype} --device {device}{' --all-turns' if all_turns else ''}{' --int8' if int8 else ''}"
     )
     protocol = Protocol(asked, rounds, tokens, temperature, all_turns)
     print(json.dumps(bench_job.bench(loaded, contenders, protocol, command, console, json_file, skipped)))
+
+
+def to_eight_bits(model: Any) -> None:
+    """Keep the weights of linear layers in eight bits; activations stay as they are."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise typer.BadParameter(f"--int8 needs torchao: pip install torchao ({error})") from None
+    quantize_(model, Int8WeightOnlyConfig(version=2))
 
 
 def chosen(asked_for: list[str] | None) -> list[str]:

@@ -89,7 +89,8 @@ def pack(model: Any) -> None:
             f"{model.dtype}: leave packed=False"
         )
     for module in model.modules():
-        if type(module) is nn.Linear:  # a subclass computes something of its own
+        # A subclass computes something of its own, and so does a weight of another class, such as a quantised one.
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = PackedLinear
             vars(module)["siblings"] = None
     for module in model.modules():

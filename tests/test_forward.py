@@ -115,6 +115,28 @@ def test_packed_weights_go_when_the_base_goes():
     assert len(packed._packs) == kept
 
 
+class Doubled(torch.Tensor):
+    """A weight that stands for another one, as quantised weights do, and cannot be put beside others."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            rows, weight, *bias = args
+            return func(rows, 2 * weight.as_subclass(torch.Tensor), *bias)
+        if func is torch.cat:
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@needs_packing
+@pytest.mark.parametrize("way", [{}, {"packed": True}])
+def test_weights_that_are_no_plain_tensors_are_left_to_their_own(way):
+    base = tiny(dtype=torch.float32)
+    layer = base.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, **way)), answer(base))
+
+
 @needs_packing
 def test_packed_models_can_be_trained():
     base = tiny(dtype=torch.float32)
