@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
 from .grouped import group, grouped
-from .packed import PackedLinear, can_pack, pack
+from .packed import can_pack, is_packed, pack
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Forward:
         """One of "eager", "packed" and "compiled": forwards of one kind cost the same."""
         if self.compiled:
             return "compiled"
-        return "packed" if any(isinstance(module, PackedLinear) for module in self.model.modules()) else "eager"
+        return "packed" if is_packed(self.model) else "eager"
 
 
 def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Forward:

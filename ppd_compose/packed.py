@@ -88,14 +88,41 @@ def pack(model: Any) -> None:
             f"weights are packed for a CPU with oneDNN in float32 or bfloat16, the base is on {model.device} in "
             f"{model.dtype}: leave packed=False"
         )
-    for module in model.modules():
+    pack_layers(model)
+
+
+def pack_layers(modules: nn.Module) -> None:
+    """Pack the plain linear layers of `modules`, which are where there are kernels for them."""
+    for module in modules.modules():
         # A subclass computes something of its own, and so does a weight of another class, such as a quantised one.
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = PackedLinear
             vars(module)["siblings"] = None
-    for module in model.modules():
+    for module in modules.modules():
         for names in TOGETHER:
             _bring_together([getattr(module, name, None) for name in names])
+
+
+def is_packed(model: Any) -> bool:
+    """Whether layers of `model` were packed."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias`, `[..., in]` to `[..., out]`, where `weight` need not be a layer's.
+
+    By a packed copy of `weight`, which is kept for as long as it lives; as ever where `can_pack` would not hold, while
+    gradients are wanted, and for weights that are more than a plain tensor.
+    """
+    plain = type(weight) in (Tensor, nn.Parameter) and rows.device.type == "cpu" and rows.dtype in DTYPES
+    if torch.is_grad_enabled() or not plain:
+        return nn.functional.linear(rows, weight, bias)
+    return _linear(rows, [weight], [] if bias is None else [bias])
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often `tensor` was written in place; 0 for those of inference mode, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bring_together(layers: list[Any]) -> None:
@@ -131,7 +158,7 @@ def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
     """The packed form of the first `weights` of `tensors`, the others being their biases; made anew when one of them
     has changed since."""
     key = tuple(map(id, tensors))
-    state = tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+    state = tuple([(version_of(tensor), tensor.data_ptr()) for tensor in tensors])
     known = _packs.get(key)
     if known is None or known.state != state or any(ref() is None for ref in known.made_from):
         marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)

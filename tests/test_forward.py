@@ -14,7 +14,7 @@ from tiny import FAMILIES, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
 
-from ppd_compose import Budget, TokenTree, compose, grouped, packed
+from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, packed
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
@@ -135,6 +135,50 @@ def test_weights_that_are_no_plain_tensors_are_left_to_their_own(way):
     layer = base.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
     assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, **way)), answer(base))
+
+
+class Drafts:
+    """Observer of what is verified: the same guesses from packed heads as from others."""
+
+    def __init__(self):
+        self.trees = []
+
+    @hookimpl
+    def observe(self, step):
+        self.trees.append(step.tree.tokens.tolist())
+
+
+TOKEN_MAP = torch.arange(3, 50)
+HEADS = {
+    "medusa": lambda: MedusaHeads(random_heads(2, token_map=TOKEN_MAP, vocab=61)),
+    "medusa, the base's output head": lambda: MedusaHeads(random_heads(2)),
+    "medusa, own output heads": lambda: MedusaHeads(random_heads(2, outputs=2)),
+    "eagle 1": lambda: eagle(1),
+    "eagle 3": eagle,
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_of_a_packed_composition_are_packed_too_and_guess_the_same(kind):
+    gc.collect()
+    base, made = tiny(dtype=torch.float32), HEADS[kind]()
+    packs, drafts = [], []
+    for way in ({}, {"packed": True}):
+        drafts.append(Drafts())
+        model = compose(base, made, budget=10, plugins=[drafts[-1]], **way)
+        before = len(packed._packs)
+        with torch.inference_mode():
+            told = answer(model)
+        assert torch.equal(told, answer(base))
+        packs.append(len(packed._packs) - before)
+    assert drafts[0].trees == drafts[1].trees
+    own = sum(type(module) is PackedLinear and module.siblings is None for module in model.modules())
+    together = 2 * base.config.num_hidden_layers
+    assert packs[0] == 0
+    assert packs[1] >= own + together + (kind != "medusa, the base's output head")
+    answer(model)
+    assert len(packed._packs) == before + packs[1]
 
 
 @needs_packing

@@ -6,12 +6,14 @@ Knows where a base keeps them. Nothing here writes to the base or registers anyt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ppd_compose.packed import is_packed, pack_layers, product
 
 from .head import Head
 from .network import DraftNetwork
@@ -25,6 +27,7 @@ class OutputHead:
     bias: Tensor | None = None  # [draft vocab]
     scale: float = 1.0
     cap: float | None = None
+    packed: bool = False  # by a packed copy of the weight
 
     @classmethod
     def of(cls, model: PreTrainedModel, ids: Tensor | None = None) -> OutputHead:
@@ -50,16 +53,18 @@ class OutputHead:
     def to(self, like: Tensor) -> OutputHead:
         """The same in the dtype and on the device of `like`."""
         bias = None if self.bias is None else self.bias.to(like)
-        return OutputHead(self.weight.to(like), bias, self.scale, self.cap)
+        return replace(self, weight=self.weight.to(like), bias=bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, draft vocab]` float32 of `hidden` `[rows, hidden]`."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        multiplied = product if self.packed else nn.functional.linear
+        logits = multiplied(hidden, self.weight, self.bias).float() * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 def _rows(weight: Tensor, ids: Tensor | None) -> Tensor:
-    return weight.detach() if ids is None else weight.detach()[ids.to(weight.device)]
+    # The base's own is given as it is: by its identity a packed copy of it is found.
+    return weight if ids is None else weight.detach()[ids.to(weight.device)]
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,13 @@ class Parts:
 
 
 def borrow(head: Head, model: PreTrainedModel) -> Parts:
-    """`head` on the device of the base's embedding and in its dtype."""
+    """`head` on the device of the base's embedding and in its dtype, packed where `model` is."""
     module: Any = model.get_input_embeddings()
     like = module.weight
     network = DraftNetwork.of(head.config, {name: tensor.to(like) for name, tensor in head.network.items()})
     output = OutputHead.of(model, head.target_ids) if head.lm_head is None else OutputHead(head.lm_head)
     embed = module if head.embedding is None else nn.Embedding.from_pretrained(head.embedding.to(like))
     ids = None if head.target_ids is None else head.target_ids.to(like.device)
-    return Parts(network.requires_grad_(False), embed, output.to(like), ids)
+    if packed := is_packed(model):
+        pack_layers(network)
+    return Parts(network.requires_grad_(False), embed, replace(output.to(like), packed=packed), ids)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from ppd_compose import Step, TokenTree, hookimpl
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
+from ppd_compose.packed import version_of
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints
 
@@ -71,7 +73,7 @@ class MedusaHeads(Shared):
             self.accuracy.ndim != 2 or len(self.accuracy) != len(heads) or not (abs(self.accuracy - 0.5) <= 0.5).all()
         ):
             raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
-        self._at: dict[tuple[torch.device, torch.dtype], Heads] = {}
+        self._placed: WeakKeyDictionary[PreTrainedModel, tuple[Any, Placed]] = WeakKeyDictionary()
 
     @classmethod
     def from_pretrained(
@@ -170,13 +172,9 @@ class MedusaHeads(Shared):
 
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:
-        """Bring the heads to the model's device and dtype; kept there, as they may be large."""
-        weight = output_head(model).weight
-        key = (weight.device, weight.dtype)
-        if key not in self._at:
-            self._at[key] = self.heads.to(weight)
+        """Bring the heads to the model's device and dtype."""
         (layer,) = self.hidden_layers(model)
-        step.memory[self] = layer, place(self._at[key], model)
+        step.memory[self] = layer, self._ready(model)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree:
@@ -186,6 +184,16 @@ class MedusaHeads(Shared):
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.budget.max_rows)
+
+    def _ready(self, model: PreTrainedModel) -> Placed:
+        """The heads beside `model`, made once while its output head stays as it is."""
+        weight = output_head(model).weight
+        state = (weight.data_ptr(), version_of(weight), weight.device, weight.dtype)
+        known, placed = self._placed.get(model, (None, None))
+        if placed is None or known != state:
+            placed = place(self.heads.to(weight), model)
+            self._placed[model] = (state, placed)
+        return placed
 
     def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.float32], Ints]:
         """Log-probabilities and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""

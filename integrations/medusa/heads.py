@@ -5,7 +5,7 @@ Knows residual blocks, output heads and truncated vocabularies. Does not know fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
+
+from ppd_compose.packed import is_packed, product
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ class Placed:
 
     heads: Heads
     output_bias: Tensor | None  # [entries]
+    packed: bool = False  # output heads are multiplied with by packed copies
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What each head says `[heads, rows, entries]` after `hidden` `[rows, hidden]`, in the dtype of the heads."""
         heads = self.heads
         states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
-        return entry_logits(states, heads.outputs, self.output_bias)
+        return entry_logits(states, heads.outputs, self.output_bias, product if self.packed else linear)
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -111,10 +114,11 @@ def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
 
 def place(heads: Heads, model: PreTrainedModel) -> Placed:
     """Give `heads`, which are on the model's device, its output head: referred to, or copied rows of a token map."""
+    packed = is_packed(model)
     if heads.outputs:
-        return Placed(heads, None)
+        return Placed(heads, None, packed)
     weight, bias = output_rows(model, heads.token_map)
-    return Placed(replace(heads, outputs=(weight,)), bias)
+    return Placed(replace(heads, outputs=(weight,)), bias, packed)
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,11 +130,13 @@ def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return states
 
 
-def entry_logits(states: Tensor, outputs: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def entry_logits(
+    states: Tensor, outputs: Sequence[Tensor], bias: Tensor | None = None, multiplied: Callable[..., Tensor] = linear
+) -> Tensor:
     """Logits `[heads, rows, entries]` of `states` `[heads, rows, hidden]` by one output head for all or one a head."""
     if len(outputs) == 1:
-        return linear(states, outputs[0], bias)
-    return torch.stack([linear(own, output) for own, output in zip(states, outputs, strict=True)])
+        return multiplied(states, outputs[0], bias)
+    return torch.stack([multiplied(own, output) for own, output in zip(states, outputs, strict=True)])
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -149,8 +155,8 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 def output_rows(model: PreTrainedModel, token_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The base's output head `[entries, hidden]` and its bias `[entries]`: all, or copies of `token_map`'s rows."""
     head: Any = output_head(model)
-    weight, bias = head.weight.detach(), getattr(head, "bias", None)
+    weight, bias = head.weight, getattr(head, "bias", None)
     if token_map is None:
-        return weight, None if bias is None else bias.detach()
+        return weight, bias  # the very tensor: by its identity a packed copy of it is found
     rows = token_map.to(weight.device)
-    return weight.index_select(0, rows), None if bias is None else bias.detach()[rows]
+    return weight.detach().index_select(0, rows), None if bias is None else bias.detach()[rows]
