@@ -12,12 +12,14 @@ from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
 from ppd_compose.integrations.eagle.head import Head
+from ppd_compose.integrations.eagle.levels import LevelPrice, Levels
 from ppd_compose.integrations.eagle.network import DraftNetwork
 from ppd_compose.integrations.eagle.rows import DraftRows
 from safetensors.torch import load_file
 from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.identity import Identity
 from ppd_compose.testing import check_drafter
 from ppd_compose.tree import ancestors, row_depths
@@ -72,7 +74,7 @@ def test_logits_and_trees_are_those_of_the_official_code(version):
         with torch.no_grad():
             rows.learn(states.chunk(head.config.states, dim=-1))
             frontier = Frontier.root(rows.accept(ids))
-            tree = dynamic_tree(rows, TokenTree.chain(ids[-1]), frontier, 3, 4, 19)
+            tree = dynamic_tree(rows, TokenTree.chain(ids[-1]), frontier, Levels(3), 4, 19)
         logits = torch.cat(output.told)
         torch.testing.assert_close(logits, told[f"{step}.logits"][: len(logits)], rtol=1e-5, atol=1e-5)
         assert len(logits) >= 5
@@ -192,6 +194,43 @@ def test_the_surest_of_all_candidates_are_drafted():
     shares = np.exp(whole.log_probs[whole.parents == 0])
     assert abs(shares.sum() - 1) < 1e-5  # claims over the draft vocabulary
     assert set(small.tokens[1:].tolist()) <= set(head.target_ids.tolist())
+
+
+CURVE = np.linspace(1.0, 2.0, 51)  # a row costs a fiftieth of plain decoding's token
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chances", "runs"), [(0.1, [0.3, 0.02], True), (0.1, [0.08, 0.05], False), (0.3, [0.3, 0.02], False)]
+)
+def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs):
+    price = LevelPrice()
+    price.book(3 * seconds, Levels(2, made=2))
+    levels = price.levels(1, CURVE)
+    scores = torch.tensor(chances).log()
+    assert levels.another(scores) == runs
+    assert not levels.another(scores)
+
+
+def test_with_a_fixed_number_of_rows_every_level_is_run():
+    price = LevelPrice()
+    assert price.levels(3, CURVE).level == 0
+    price.book(100.0, Levels(2))
+    levels = price.levels(3, Budget.flat(8).curve(5))
+    assert [levels.another(torch.tensor([-20.0])) for _ in range(4)] == [True, True, True, False]
+
+
+def test_drafts_end_where_forwards_are_cheap_beside_them():
+    base = tiny()
+    budgets = [Budget((1, 24), (0,), ((seconds, 1.01 * seconds),)) for seconds in (1e-6, 1e3)]
+    expected = base.generate(prompt(), max_new_tokens=40, do_sample=False)
+    depths = []
+    for budget in budgets:
+        drafter = watched(3)
+        model = compose(base, drafter, budget=budget, plugins=[AlwaysAsk()])
+        assert torch.equal(model.generate(prompt(), max_new_tokens=40, do_sample=False), expected)
+        depths.append([int(row_depths(tree.parents).max()) for _, tree in drafter.told[1:-6] if tree is not None])
+    assert max(depths[0]) == 1
+    assert min(depths[1]) > 1
 
 
 def test_leaves_of_other_drafters_are_grown_and_credited():

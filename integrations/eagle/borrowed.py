@@ -6,7 +6,7 @@ Knows where a base keeps them. Nothing here writes to the base or registers anyt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ppd_compose.packed import is_packed, pack_layers, product
 
 from .head import Head
+from .levels import LevelPrice
 from .network import DraftNetwork
 
 
@@ -75,6 +76,7 @@ class Parts:
     embed: Callable[[Tensor], Tensor]  # token ids int64 [rows] to [rows, hidden]
     output: OutputHead
     target_ids: Tensor | None  # int64 [draft vocab], the token that each draft id stands for; None: itself
+    price: LevelPrice = field(default_factory=LevelPrice)  # of running it here
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ the files look like or how a head is trained.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .card import head_card
 from .files import is_head, read_head
 from .grow import Frontier, dynamic_tree, foreign_paths, leaves_of
 from .head import Head, write_head
+from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
 
@@ -50,7 +52,8 @@ class EagleHead(Shared):
 
     Args:
         head: configuration and weights, as `files.read_head` gives them.
-        depth: how often the frontier is expanded after the root's children were guessed; candidates reach `depth + 1`.
+        depth: how often the frontier is expanded, at most, after the root's children were guessed; candidates reach
+            `depth + 1`. With a measured budget a draft ends where one more level would not pay.
         top_k: nodes of a frontier, and children guessed for each.
         grow: leaves of other drafters' guesses that are continued, the likeliest first. Each level of their paths costs
             one more draft forward, so that none are by default.
@@ -125,15 +128,18 @@ class EagleHead(Shared):
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
-        """The dynamic tree, of as many nodes as the budget has rows."""
+        """The dynamic tree, of as many nodes as the budget has rows and as many levels as pay."""
         memory: Memory = step.memory[self]
         # A node deeper than the room left can never be accepted.
         size, levels = step.budget.max_rows - 1, min(self.depth, step.room - 2)
         if size < 1 or levels < 0:
             return None
+        begin, price = time.perf_counter(), memory.rows.parts.price
+        priced = price.levels(levels, step.budget.curve(len(step.ids)))
         memory.root = memory.rows.accept(step.ids)
         known, frontier = TokenTree.chain(step.ids[-1]), Frontier.root(memory.root)
-        memory.tree = dynamic_tree(memory.rows, known, frontier, levels, min(self.top_k, size), size)
+        memory.tree = dynamic_tree(memory.rows, known, frontier, priced, min(self.top_k, size), size)
+        price.book(time.perf_counter() - begin, priced)
         return memory.tree
 
     @hookimpl
@@ -147,7 +153,7 @@ class EagleHead(Shared):
             return None
         memory.rows.drop()
         frontier, size = leaves_of(memory.rows, memory.root, paths), step.budget.max_rows - 1
-        levels = min(self.depth, step.room - 2 - int(frontier.depths.max()))
+        levels = Levels(min(self.depth, step.room - 2 - int(frontier.depths.max())))
         return dynamic_tree(memory.rows, paths, frontier, levels, min(self.top_k, size), size)
 
     @hookimpl

@@ -15,6 +15,7 @@ from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints, TokenTree, ancestors, renumber, row_depths
 
 from .borrowed import Parts
+from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
 
@@ -44,20 +45,21 @@ class Frontier:
 
 
 def dynamic_tree(
-    rows: DraftRows, known: TokenTree, frontier: Frontier, levels: int, width: int, size: int
+    rows: DraftRows, known: TokenTree, frontier: Frontier, levels: Levels, width: int, size: int
 ) -> TokenTree:
     """`known` and the `size` likeliest nodes found below the frontier, which are nodes of `known`.
 
-    The children of the frontier are guessed, then `levels` times those of the `width` likeliest of the newest level.
+    The children of the frontier are guessed, then, for as many `levels` as there are to be, those of the `width`
+    likeliest of the newest level.
     """
     tokens, parents, scores, count = [], [], [], len(known)
-    for level in range(levels + 1):
+    while True:
         claims, words = frontier.children(rows.parts, width)
         tokens.append(words.ravel())
         parents.append(frontier.nodes.repeat_interleave(words.shape[1]))
         scores.append(claims.ravel())
         best = scores[-1].topk(min(width, len(scores[-1]))).indices
-        if level == levels or _settled(scores, best, size):
+        if _settled(scores, best, size) or not levels.another(scores[-1][best]):
             break
         above = best // words.shape[1]
         ran = len(rows.see)
