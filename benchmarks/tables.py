@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("chart", "speed", "compiled", "drafters", "pairs", "exactness")
+NAMES = ("chart", "speed", "compiled", "drafters", "pairs", "ablation", "exactness")
 
 
 def load(name: str) -> Any:
@@ -111,6 +111,31 @@ def compiled() -> str:
     return contenders("peers-compiled", "compiled against eager generate")
 
 
+def ablation() -> str:
+    """Drafters alone, together, and together with one part left out: at 16 rows, and as many as pay when compiled."""
+    rows, curve = load("ablation-16-rows"), load("ablation-curve")
+    bought = {told["name"]: told for told in curve["variants"]}
+    lines = [
+        "| | all six, 16 rows: tokens per forward | expected over found | four, rows that pay: tokens per forward "
+        "| rows | tokens/s of forwards |",
+        "|---|---|---|---|---|---|",
+    ]
+    for told in rows["variants"]:
+        figures = [f"{told['tokens_per_forward']:.2f}", f"{told['expected_over_found']:.2f}", "", "", ""]
+        if (four := bought.get(told["name"])) is not None:
+            figures[2:] = [
+                f"{four['tokens_per_forward']:.2f}", f"{four['rows_per_forward']:.1f}", f"{_of_forwards(four):.1f}"
+            ]  # fmt: skip
+        lines.append(f"| {told['name']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _of_forwards(told: dict[str, float]) -> float:
+    """Tokens per second where the host takes no time: what ran beside a benchmark makes it slow."""
+    tokens = told["tokens_per_forward"]
+    return tokens / (tokens / told["tokens_per_second"] - told["host_ms_per_step"] / 1000)
+
+
 def _where(result: dict[str, Any]) -> str:
     where = result["environment"]
     return (
@@ -153,7 +178,7 @@ def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
         "chart": chart, "speed": speed, "compiled": compiled, "drafters": drafters, "pairs": pairs,
-        "exactness": exactness,
+        "ablation": ablation, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 
