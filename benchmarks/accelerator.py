@@ -26,11 +26,13 @@ def parts(base: str, shapes: list[str], device: str, dtype: str) -> Iterator[tup
     few = ["--context", "128", "--context", "1024", "--rounds", "5"]
     composed = [word for listing in ("ppd", "ppd+ngram+recycling+lookup", EVERY) for word in ("--drafters", listing)]
     quick = ["throughput.py", "--quick", "--ways", "eager+compiled", *composed, "--peer", "transformers static"]
-    yield "throughput", 0.4, [*quick, "--base", base, *where]
-    share = 0.6 / (2 * len(shapes) + 2)
+    yield "throughput", 0.3, [*quick, "--base", base, *where]
+    share = 0.7 / (2 + 3 * len(shapes))  # a larger base takes half as long again
     for label, size in {"base": base, **{shape: shape for shape in shapes}}.items():
-        yield f"latency-{label}", share, ["latency.py", "--ways", "eager+compiled", "--base", size, *few, *where]
-        yield f"steps-{label}", share, ["steps.py", "--base", size, *where]
+        mine = share if label == "base" else 1.5 * share
+        yield f"latency-{label}", mine, ["latency.py", "--ways", "eager+compiled", "--base", size, *few, *where]
+        brief = ["--rounds", "3"] if label == "base" else ["--rounds", "1", "--rows", "16", "--no-static"]
+        yield f"steps-{label}", mine, ["steps.py", "--base", size, *brief, *where]
 
 
 def main(

@@ -46,6 +46,7 @@ def timed(model: Any, filled: Cache, tree: TokenTree) -> float:
     cache = copy.deepcopy(filled)
     context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
     forward = forward_of(model)
+    wait(model)
     begin = time.perf_counter()
     verify(forward, cache, context, tree, (), {})
     wait(model)
@@ -108,7 +109,8 @@ def main(
         made.warmup()
     warm = time.perf_counter() - begin
     command = (
-        f"python benchmarks/latency.py --ways {ways} --rounds {rounds} --base {name} --dtype {dtype} --device {device}"
+        f"python benchmarks/latency.py --ways {ways} {' '.join(f'--context {n}' for n in contexts or CONTEXTS)} "
+        f"--rounds {rounds} --base {name} --dtype {dtype} --device {device}"
     )
     result = {
         "environment": {**environment(model, command), "base": name},

@@ -18,6 +18,7 @@ import typer
 from rich.progress import track
 
 from ppd_compose import compose
+from ppd_compose.bench_job import WAYS
 from ppd_compose.cli import QUESTION
 from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
@@ -29,9 +30,12 @@ app = typer.Typer()
 
 @app.command()
 def peak(kind: str, dtype: str, max_new_tokens: int) -> None:
-    """Print the peak of one generation in KiB; `kind` is "plain" or "composed"."""
+    """Print the peak of one generation in KiB; `kind` is "plain" or how the forwards of a composition are computed."""
     loaded = load_base("demo", dtype)
-    model = loaded.model if kind == "plain" else compose(loaded.model, load_drafter("ppd"))
+    model = loaded.model
+    if kind != "plain":
+        model = compose(model, load_drafter("ppd"), **WAYS[kind])
+        model.warmup()
     ids = torch.tensor([encode(loaded.tokenizer, QUESTION)])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -44,21 +48,24 @@ def peak(kind: str, dtype: str, max_new_tokens: int) -> None:
 def compare(
     dtype: str = "bfloat16",
     max_new_tokens: int = 256,
+    ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "eager",
     rounds: Annotated[int, typer.Option(help="Processes of each kind, in turns.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
 ) -> None:
-    """Print the ratio of median peaks, and as the last line the result as JSON."""
-    peaks: dict[str, list[int]] = {"plain": [], "composed": []}
+    """Print the ratios of median peaks, and as the last line the result as JSON."""
+    peaks: dict[str, list[int]] = {kind: [] for kind in ("plain", *ways.split("+"))}
     for _ in track(range(rounds)):
         for kind, seen in peaks.items():
             command = [sys.executable, __file__, "peak", kind, dtype, str(max_new_tokens)]
             seen.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
     model = load_base("demo", dtype).model
-    command_line = f"python benchmarks/memory.py compare --dtype {dtype} --max-new-tokens {max_new_tokens}"
+    command_line = (
+        f"python benchmarks/memory.py compare --dtype {dtype} --ways {ways} --max-new-tokens {max_new_tokens}"
+    )
     result = {
         "environment": environment(model, command_line),
         "peak_kib": peaks,
-        "ratio": median(peaks["composed"]) / median(peaks["plain"]),
+        "ratios": {kind: median(seen) / median(peaks["plain"]) for kind, seen in peaks.items()},
         "adapter_parameters": load_drafter("ppd").embeddings.numel(),
         "base_parameters": model.num_parameters(),
     }

@@ -42,4 +42,4 @@ def base_of(name: str, dtype: str, device: str) -> tuple[Any, str]:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
-    return model.eval(), f"random {name}"
+    return model.eval(), name

@@ -25,6 +25,8 @@ from ppd_compose.bench_job import WAYS
 from ppd_compose.budget import wait
 from ppd_compose.environment import environment
 
+ROWS = [16, 64]
+
 
 class DrawnAcceptance:
     """Plugin: a guess comes true with probability `rate`, whatever the model says; it is asked all the same."""
@@ -66,15 +68,16 @@ def timed(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> float:
     return time.perf_counter() - begin
 
 
-def told_of(model: Any, seconds: float) -> dict[str, float]:
-    """Of a composition's last generation, which took `seconds`."""
+def told_of(model: Any) -> dict[str, float]:
+    """Of a composition's last generation."""
     stats = model.stats
+    whole = sum(stats.seconds.values())
     return {
         "tokens_per_forward": stats.tokens_per_forward,
         "rows_per_forward": stats.rows_per_forward,
         "verify_ms_per_step": 1000 * stats.seconds["verify"] / stats.forwards,
         "host_ms_per_step": 1000 * stats.host_seconds / stats.forwards,
-        "host_share": stats.host_seconds / seconds,
+        "host_share": stats.host_seconds / whole,
     }
 
 
@@ -82,13 +85,13 @@ def contenders_of(
     base: Any, ways: list[str], rows: list[int], rate: float, tokens: int, static: bool
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
     """By name what generates, and with which settings."""
-    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    length = {"max_new_tokens": tokens}
     made: dict[str, tuple[Any, dict[str, Any]]] = {"generate": (base, length)}
     if static:
         made["generate static"] = (base, {**length, "cache_implementation": "static"})
     for way in ways:
         for n in rows:
-            made[f"composed {way} {n}"] = (composed(base, way, n, rate), {"max_new_tokens": tokens})
+            made[f"composed {way} {n}"] = (composed(base, way, n, rate), length)
     return made
 
 
@@ -107,18 +110,20 @@ def main(
 ) -> None:
     """Print, as the last line, the result as JSON."""
     model, name = base_of(base, dtype, device)
+    model.generation_config.eos_token_id = None  # every answer has its full length
     words = model.config.get_text_config().vocab_size
     ids = torch.randint(5, words, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    contenders = contenders_of(model, ways.split("+"), rows or [16, 64], rate, tokens, static)
+    contenders = contenders_of(model, ways.split("+"), rows or ROWS, rate, tokens, static)
     seconds = {
         label: [timed(who, ids, settings)] for label, (who, settings) in contenders.items()
     }  # the first warms up
     for label, (who, settings) in list(contenders.items()) * rounds:
         seconds[label].append(timed(who, ids, settings))
     typical = {label: median(taken[1:]) for label, taken in seconds.items()}
+    sizes = " ".join(f"--rows {n}" for n in rows or ROWS)
     command = (
-        f"python benchmarks/steps.py --base {base} --ways {ways} --rate {rate} --prompt {prompt} --tokens {tokens} "
-        f"--rounds {rounds} --dtype {dtype} --device {device}"
+        f"python benchmarks/steps.py --base {name} {sizes} --ways {ways} --rate {rate} --prompt {prompt} "
+        f"--tokens {tokens} --rounds {rounds}{'' if static else ' --no-static'} --dtype {dtype} --device {device}"
     )
     result = {
         "environment": {**environment(model, command), "base": name},
@@ -126,7 +131,7 @@ def main(
             label: {
                 "tokens_per_second": tokens / typical[label],
                 "speedup": typical["generate"] / typical[label],
-                **(told_of(who, typical[label]) if label.startswith("composed") else {}),
+                **(told_of(who) if label.startswith("composed") else {}),
             }
             for label, (who, _) in contenders.items()
         },

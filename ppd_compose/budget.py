@@ -63,7 +63,7 @@ class Budget:
     @classmethod
     @torch.no_grad()
     def measure(cls, model: PreTrainedModel, rounds: int = 4) -> Budget:
-        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of all (seconds in all).
+        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of all; some 200 forwards.
 
         What else runs on the machine only ever adds time, so the fastest is the truest, and a forward is never taken to
         cost more than one of more rows. As long as another `rounds` find faster ones the machine was busy, and more

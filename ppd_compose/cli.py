@@ -64,7 +64,7 @@ DraftersOption = Annotated[
 
 
 def main() -> None:
-    """Run a command; what the user can mend is told in one line, without a traceback."""
+    """Run a command; what the user can mend is told without a traceback."""
     try:
         code = app(standalone_mode=False)  # an exit code, where typer ended the command itself
     except (KeyboardInterrupt, typer.Abort):

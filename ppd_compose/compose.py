@@ -46,7 +46,8 @@ def compose(
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
         plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
         packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same results,
-            up to rounding, sooner, for as much memory again as those weights.
+            up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. Weights
+            that are written later by way of `.data` are not seen.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`.
         calibration: how far the drafters' claims can be believed: a file that `save_calibration` of a composition of

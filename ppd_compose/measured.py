@@ -81,11 +81,13 @@ def _path(model: PreTrainedModel) -> Path:
     threads = torch.get_num_threads() if model.device.type == "cpu" else 0
     identity = Identity.of(model)
     layers = model.config.get_text_config().num_hidden_layers
+    kinds = sorted({f"{type(weight).__name__} {weight.dtype}" for weight in model.parameters()})  # quantised or not
     facts = [
         identity.fingerprint,
         layers,
         device,
         str(model.dtype),
+        kinds,
         model.config._attn_implementation,
         threads,
         forward_of(model).kind,

@@ -111,18 +111,26 @@ def is_packed(model: Any) -> bool:
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows @ weight.T + bias`, `[..., in]` to `[..., out]`, where `weight` need not be a layer's.
 
-    By a packed copy of `weight`, which is kept for as long as it lives; as ever where `can_pack` would not hold, while
-    gradients are wanted, and for weights that are more than a plain tensor.
+    By a packed copy of `weight`, which is kept for as long as it lives, for use beside a model that `can_pack`; as ever
+    off the CPU, in another dtype than the weight's, while gradients are wanted, and for weights that are more than a
+    plain tensor.
     """
     plain = type(weight) in (Tensor, nn.Parameter) and rows.device.type == "cpu" and rows.dtype in DTYPES
-    if torch.is_grad_enabled() or not plain:
+    if torch.is_grad_enabled() or not plain or rows.dtype != weight.dtype:
         return nn.functional.linear(rows, weight, bias)
     return _linear(rows, [weight], [] if bias is None else [bias])
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often `tensor` was written in place; 0 for those of inference mode, which do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """What changes when `tensor` is written in place or given other memory. Tensors of inference mode do not count how
+    often they are written, nor do writes by way of `.data`."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def state_of_layer(layer: Any) -> tuple[Any, ...]:
+    """The same of a linear layer's weight and bias, with which tensors, where and of which dtype they are."""
+    tensors = [tensor for tensor in (layer.weight, getattr(layer, "bias", None)) if tensor is not None]
+    return tuple((id(tensor), *state_of(tensor), tensor.device, tensor.dtype) for tensor in tensors)
 
 
 def _bring_together(layers: list[Any]) -> None:
@@ -158,7 +166,7 @@ def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
     """The packed form of the first `weights` of `tensors`, the others being their biases; made anew when one of them
     has changed since."""
     key = tuple(map(id, tensors))
-    state = tuple([(version_of(tensor), tensor.data_ptr()) for tensor in tensors])
+    state = tuple([state_of(tensor) for tensor in tensors])
     known = _packs.get(key)
     if known is None or known.state != state or any(ref() is None for ref in known.made_from):
         marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)

@@ -1,5 +1,6 @@
 """EAGLE heads at work: the official code's logits and trees, losslessness, the draft's KV cache, growing, composing."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,8 +204,7 @@ CURVE = np.linspace(1.0, 2.0, 51)  # a row costs a fiftieth of plain decoding's 
     ("seconds", "chances", "runs"), [(0.1, [0.3, 0.02], True), (0.1, [0.08, 0.05], False), (0.3, [0.3, 0.02], False)]
 )
 def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs):
-    price = LevelPrice()
-    price.book(3 * seconds, Levels(2, made=2))
+    price = LevelPrice([5.0, *[seconds] * 7])  # the first draft of a process is slow
     levels = price.levels(1, CURVE)
     scores = torch.tensor(chances).log()
     assert levels.another(scores) == runs
@@ -212,11 +212,21 @@ def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs
 
 
 def test_with_a_fixed_number_of_rows_every_level_is_run():
-    price = LevelPrice()
-    assert price.levels(3, CURVE).level == 0
-    price.book(100.0, Levels(2))
-    levels = price.levels(3, Budget.flat(8).curve(5))
+    levels = LevelPrice([100.0] * 8).levels(3, Budget.flat(8).curve(5))
     assert [levels.another(torch.tensor([-20.0])) for _ in range(4)] == [True, True, True, False]
+    assert levels.all_made
+
+
+def test_levels_are_timed_in_the_first_drafts_and_then_settled():
+    price = LevelPrice()
+    for number in range(20):
+        levels = price.levels(2, CURVE)
+        assert (levels.level_price > 0) == (number >= 8)
+        price.book(levels)  # nothing to tell of levels that were not run
+        levels.made, levels.begin = 2, time.perf_counter() - 6.0
+        price.book(levels)
+    assert len(price.seconds) == 16
+    assert price.levels(2, CURVE).level_price == pytest.approx(3.0, rel=0.01)
 
 
 def test_drafts_end_where_forwards_are_cheap_beside_them():
@@ -228,7 +238,7 @@ def test_drafts_end_where_forwards_are_cheap_beside_them():
         drafter = watched(3)
         model = compose(base, drafter, budget=budget, plugins=[AlwaysAsk()])
         assert torch.equal(model.generate(prompt(), max_new_tokens=40, do_sample=False), expected)
-        depths.append([int(row_depths(tree.parents).max()) for _, tree in drafter.told[1:-6] if tree is not None])
+        depths.append([int(row_depths(tree.parents).max()) for _, tree in drafter.told[9:-6] if tree is not None])
     assert max(depths[0]) == 1
     assert min(depths[1]) > 1
 

@@ -14,7 +14,7 @@ from tiny import FAMILIES, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
 
-from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, packed
+from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, measured, packed
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
@@ -181,6 +181,36 @@ def test_heads_of_a_packed_composition_are_packed_too_and_guess_the_same(kind):
     assert len(packed._packs) == before + packs[1]
 
 
+@pytest.mark.parametrize("change", [lambda p: p.neg_(), lambda p: p.add_(1.0)])
+@pytest.mark.parametrize("kind", ["medusa", "eagle 3"])
+def test_heads_that_use_the_bases_output_head_follow_it(kind, change):
+    base, made = tiny("phi3", dtype=torch.float32), HEADS[kind]()
+    base.lm_head.bias = torch.nn.Parameter(torch.zeros(61))
+    for _ in range(2):
+        drafts = [Drafts(), Drafts()]
+        for drafter, seen in zip((made, HEADS[kind]()), drafts, strict=True):
+            told = answer(compose(base, drafter, budget=10, plugins=[seen]))
+            assert torch.equal(told, answer(base))
+        assert drafts[0].trees == drafts[1].trees
+        with torch.no_grad():
+            change(base.lm_head.bias[::2])
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_products_that_cannot_be_packed_are_computed_as_ever(dtype):
+    rows, weight = torch.randn(2, 8), torch.randn(6, 8)
+    expected = torch.nn.functional.linear(rows, weight)
+    kept = len(packed._packs)
+    torch.testing.assert_close(packed.product(rows, weight.requires_grad_()), expected)  # gradients are wanted
+    with torch.no_grad():
+        told = packed.product(rows.to(dtype), weight.to(dtype))
+        assert torch.equal(told, torch.nn.functional.linear(rows.to(dtype), weight.to(dtype)))
+        assert len(packed._packs) == kept
+        torch.testing.assert_close(packed.product(rows, weight), expected)
+        assert len(packed._packs) == kept + 1
+
+
 @needs_packing
 def test_packed_models_can_be_trained():
     base = tiny(dtype=torch.float32)
@@ -246,6 +276,14 @@ def test_compiled_forwards_serve_heads_that_read_hidden_states():
         assert torch.equal(answer(model), answer(base))
     assert sum(model.stats.candidates["medusa"].values()) > 0
     assert sum(model.stats.candidates["eagle"].values()) > 0
+
+
+def test_budgets_of_quantised_bases_are_kept_apart():
+    base = tiny(dtype=torch.float32)
+    plain = measured._path(base)
+    layer = base.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    assert measured._path(base) != plain
 
 
 def test_budgets_of_other_ways_are_kept_apart(tmp_path, monkeypatch):

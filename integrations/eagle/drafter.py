@@ -6,7 +6,6 @@ the files look like or how a head is trained.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from ppd_compose import Step, TokenTree, hookimpl
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
+from ppd_compose.packed import state_of_layer
 
 from .borrowed import OutputHead, Parts, borrow
 from .card import head_card
@@ -53,7 +53,7 @@ class EagleHead(Shared):
     Args:
         head: configuration and weights, as `files.read_head` gives them.
         depth: how often the frontier is expanded, at most, after the root's children were guessed; candidates reach
-            `depth + 1`. With a measured budget a draft ends where one more level would not pay.
+            `depth + 1`. With a measured budget a draft of its own ends where one more level would not pay.
         top_k: nodes of a frontier, and children guessed for each.
         grow: leaves of other drafters' guesses that are continued, the likeliest first. Each level of their paths costs
             one more draft forward, so that none are by default.
@@ -131,15 +131,15 @@ class EagleHead(Shared):
         """The dynamic tree, of as many nodes as the budget has rows and as many levels as pay."""
         memory: Memory = step.memory[self]
         # A node deeper than the room left can never be accepted.
-        size, levels = step.budget.max_rows - 1, min(self.depth, step.room - 2)
-        if size < 1 or levels < 0:
+        size, most = step.budget.max_rows - 1, min(self.depth, step.room - 2)
+        if size < 1 or most < 0:
             return None
-        begin, price = time.perf_counter(), memory.rows.parts.price
-        priced = price.levels(levels, step.budget.curve(len(step.ids)))
+        price = memory.rows.parts.price
+        levels = price.levels(most, step.budget.curve(len(step.ids)))
         memory.root = memory.rows.accept(step.ids)
         known, frontier = TokenTree.chain(step.ids[-1]), Frontier.root(memory.root)
-        memory.tree = dynamic_tree(memory.rows, known, frontier, priced, min(self.top_k, size), size)
-        price.book(time.perf_counter() - begin, priced)
+        memory.tree = dynamic_tree(memory.rows, known, frontier, levels, min(self.top_k, size), size)
+        price.book(levels)
         return memory.tree
 
     @hookimpl
@@ -166,8 +166,7 @@ class EagleHead(Shared):
 
     def _ready(self, model: PreTrainedModel) -> Parts:
         """The head on the device of `model` and in its dtype, made once while these stay as they are."""
-        modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-        state = [(module.weight.data_ptr(), module.weight.device, module.weight.dtype) for module in modules]
+        state = [state_of_layer(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
         known, parts = self._parts.get(model, (None, None))
         if parts is None or known != state:
             parts = borrow(self.head, model)

@@ -59,7 +59,7 @@ def dynamic_tree(
         parents.append(frontier.nodes.repeat_interleave(words.shape[1]))
         scores.append(claims.ravel())
         best = scores[-1].topk(min(width, len(scores[-1]))).indices
-        if _settled(scores, best, size) or not levels.another(scores[-1][best]):
+        if levels.all_made or _settled(scores, best, size) or not levels.another(scores[-1][best]):
             break
         above = best // words.shape[1]
         ran = len(rows.see)

@@ -5,14 +5,14 @@ Knows what levels and rows cost. Does not know how a level is run.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from statistics import median
 
 from torch import Tensor
 
+from ppd_compose.asking import TIMED, TRIED
 from ppd_compose.tree import Floats
-
-TIMED = 16  # drafts that are timed; what a level takes is then settled, so that decisions do not follow the clock
 
 
 @dataclass
@@ -20,39 +20,47 @@ class Levels:
     """The levels of one draft: at most `most`, while what they promise pays. Prices are in tokens."""
 
     most: int
-    row: float = 0.0  # price of verifying one more row
-    level: float = 0.0  # price of running one more level
+    row_price: float = 0.0  # of verifying one more row
+    level_price: float = 0.0  # of running one more level
     made: int = 0
+    begin: float = 0.0  # of the first level, in seconds of the performance counter
+
+    @property
+    def all_made(self) -> bool:
+        """Whether there is no other level to ask for."""
+        return self.made == self.most
 
     def another(self, scores: Tensor) -> bool:
         """Whether to run a level below nodes whose paths have the chances `scores` `[nodes]`, log.
 
         It adds no more tokens than those chances, each less the row that it takes to verify a child.
         """
-        if self.made == self.most or float((scores.exp() - self.row).clamp(min=0.0).sum()) < self.level:
+        gain = float((scores.exp() - self.row_price).clamp(min=0.0).sum())
+        if self.all_made or gain < self.level_price:
             return False
+        self.begin = self.begin or time.perf_counter()
         self.made += 1
         return True
 
 
 @dataclass
 class LevelPrice:
-    """What a level takes, as timed."""
+    """What a level takes, as timed in the first drafts; then it is settled, as what a drafter takes is."""
 
-    seconds: list[float] = field(default_factory=list)  # of each draft, by level
+    seconds: list[float] = field(default_factory=list)  # of a level, by draft
 
-    def book(self, seconds: float, levels: Levels) -> None:
-        """A draft took `seconds`; its first guesses, which take no level below them, count as one."""
-        if len(self.seconds) < TIMED:
-            self.seconds.append(seconds / (levels.made + 1))
+    def book(self, levels: Levels) -> None:
+        """A draft of these `levels` has just ended."""
+        if levels.made and len(self.seconds) < TIMED:
+            self.seconds.append((time.perf_counter() - levels.begin) / levels.made)
 
     def levels(self, most: int, curve: Floats) -> Levels:
         """Levels of the next draft, where a forward of 1, 2, ... rows takes the seconds of `curve` `[rows]`.
 
-        A second is worth at least the tokens of plain decoding. With a fixed number of rows nothing is known of
-        seconds, and all levels are run.
+        A second is worth at least the tokens of plain decoding. All levels are run until some drafts were timed, and
+        with a fixed number of rows, of whose seconds nothing is known.
         """
-        plain, rows = float(curve[0]), float(curve[-1] - curve[0])
-        if not self.seconds or not rows:
+        plain, rise = float(curve[0]), float(curve[-1] - curve[0])
+        if len(self.seconds) < TRIED or not rise:
             return Levels(most)
-        return Levels(most, rows / (len(curve) - 1) / plain, median(self.seconds) / plain)
+        return Levels(most, rise / (len(curve) - 1) / plain, median(self.seconds) / plain)

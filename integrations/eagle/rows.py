@@ -106,4 +106,5 @@ def _last(rows: Rows) -> Rows:
 
 
 def _tail(tensor: Tensor) -> Tensor:
-    return tensor[-1:]
+    """The last row; itself where it is the only one, as what packed layers made of it is known by its identity."""
+    return tensor if len(tensor) == 1 else tensor[-1:]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ppd_compose import Step, TokenTree, hookimpl
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
-from ppd_compose.packed import version_of
+from ppd_compose.packed import state_of_layer
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints
 
@@ -73,6 +73,7 @@ class MedusaHeads(Shared):
             self.accuracy.ndim != 2 or len(self.accuracy) != len(heads) or not (abs(self.accuracy - 0.5) <= 0.5).all()
         ):
             raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self._at: dict[tuple[torch.device, torch.dtype], Heads] = {}
         self._placed: WeakKeyDictionary[PreTrainedModel, tuple[Any, Placed]] = WeakKeyDictionary()
 
     @classmethod
@@ -187,11 +188,13 @@ class MedusaHeads(Shared):
 
     def _ready(self, model: PreTrainedModel) -> Placed:
         """The heads beside `model`, made once while its output head stays as it is."""
-        weight = output_head(model).weight
-        state = (weight.data_ptr(), version_of(weight), weight.device, weight.dtype)
+        layer = output_head(model)
+        state, key = state_of_layer(layer), (layer.weight.device, layer.weight.dtype)
         known, placed = self._placed.get(model, (None, None))
         if placed is None or known != state:
-            placed = place(self.heads.to(weight), model)
+            if key not in self._at:
+                self._at[key] = self.heads.to(layer.weight)
+            placed = place(self._at[key], model)
             self._placed[model] = (state, placed)
         return placed
 

@@ -159,4 +159,4 @@ def output_rows(model: PreTrainedModel, token_map: Tensor | None) -> tuple[Tenso
     if token_map is None:
         return weight, bias  # the very tensor: by its identity a packed copy of it is found
     rows = token_map.to(weight.device)
-    return weight.detach().index_select(0, rows), None if bias is None else bias.detach()[rows]
+    return weight.detach()[rows], None if bias is None else bias.detach()[rows]
