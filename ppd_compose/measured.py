@@ -22,7 +22,8 @@ from .identity import Identity, device_name
 from .step import Step
 from .storage import cache_folder
 
-ENOUGH = 24  # forwards of one number of rows before they are compared
+ENOUGH = 32  # forwards of one number of rows before they are compared
+RECENT = 0.1  # weight of a forward in what those around it take
 LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
 TOLERANCE = 1.1  # ratio of two sizes' disagreements from which the budget is corrected
 FORWARDS = 3  # another number where this project's forwards come to take otherwise
@@ -42,34 +43,43 @@ class Watch:
     """Observer: whether forwards take what the budget says.
 
     A machine that was busy while it was measured gives a curve of the wrong shape. What matters is how forwards of
-    different rows compare; a machine that is slower throughout wants the same rows.
+    different rows compare; a machine that is slower throughout wants the same rows. So each forward is compared with
+    those just before it: between one text and the next the machine changes more than between sizes.
     """
 
     name = "budget-watch"
 
     def __init__(self) -> None:
-        self.latest: deque[tuple[int, float]] = deque(maxlen=LATEST)  # measured rows nearest to a forward's, and ratio
+        # Measured rows nearest to a forward's, its ratio to the budget, and the same by those before it.
+        self.latest: deque[tuple[int, float, float]] = deque(maxlen=LATEST)
+        self.pace: float | None = None  # ratio of the forwards just before
 
     @hookimpl
     def observe(self, step: Step) -> None:
         """Compare one forward with the budget."""
         budget = step.budget
+        if step.index == 1:
+            self.pace = None
         known = len(budget.contexts) == 1 or len(step.ids) <= budget.contexts[-1]
         if step.index > 1 and step.rows <= budget.max_rows and known:
             told = float(budget.curve(len(step.ids))[step.rows - 1])
-            nearest = min(budget.rows, key=lambda rows: abs(rows - step.rows))
-            self.latest.append((nearest, step.seconds / told))
+            nearest, ratio = min(budget.rows, key=lambda rows: abs(rows - step.rows)), step.seconds / told
+            if self.pace is not None:
+                self.latest.append((nearest, ratio, ratio / self.pace))
+            self.pace = ratio if self.pace is None else (1 - RECENT) * self.pace + RECENT * ratio
 
     def kept_true(self, model: PreTrainedModel, budget: Budget) -> Budget:
         """`budget`, the measured one of `model`, or a corrected one, kept from now on, where they disagree."""
         ratios: dict[int, list[float]] = defaultdict(list)
-        for rows, ratio in self.latest:
-            ratios[rows].append(ratio)
+        for rows, _, relative in self.latest:
+            ratios[rows].append(relative)
         typical = {rows: median(mine) for rows, mine in ratios.items() if len(mine) >= ENOUGH}
         if len(typical) < 2 or max(typical.values()) < TOLERANCE * min(typical.values()):
             return budget
+        most = max(typical, key=lambda rows: len(ratios[rows]))  # the size by which all others are scaled
+        level = median(ratio for rows, ratio, _ in self.latest if rows == most) / typical[most]
         self.latest.clear()
-        budget = budget.corrected(typical)
+        budget = budget.corrected({rows: level * relative for rows, relative in typical.items()})
         with suppress(OSError):  # a cache that cannot be written is no reason not to decode
             budget.save(_path(model))
         return budget

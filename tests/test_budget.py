@@ -102,7 +102,7 @@ def test_a_budget_that_disagrees_with_what_forwards_take_is_corrected_and_kept(t
     base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
     observed(watch, budget, {1: 1.0, 8: 2.2})
     better = watch.kept_true(base, budget)
-    assert better.seconds == ((1.0, pytest.approx(2.2), pytest.approx(2.4)),)
+    assert better.seconds[0] == pytest.approx([1.0, 2.2, 2.4], rel=0.05)
     (file,) = (tmp_path / "budgets").iterdir()
     assert Budget.load(file) == better
     observed(watch, better, {1: 1.0, 8: 2.2})
@@ -115,7 +115,7 @@ def test_sizes_that_disagree_by_a_tenth_correct_the_budget(tmp_path, monkeypatch
     observed(watch, budget, {1: 1.0, 8: 1.15})
     assert watch.kept_true(base, budget) is budget
     observed(watch, budget, {1: 1.0, 8: 1.25}, times=150)
-    assert watch.kept_true(base, budget).seconds[0][1] == pytest.approx(1.25)
+    assert watch.kept_true(base, budget).seconds[0][1] == pytest.approx(1.25, rel=0.05)
 
 
 def test_a_machine_that_is_slower_throughout_and_forwards_of_long_ago_change_nothing():
@@ -124,6 +124,19 @@ def test_a_machine_that_is_slower_throughout_and_forwards_of_long_ago_change_not
     assert watch.kept_true(base, budget) is budget
     observed(watch, budget, {64: 9.0}, times=30)
     observed(watch, budget, {1: 1.0, 8: 1.1}, times=200)
+    assert watch.kept_true(base, budget) is budget
+
+
+def test_a_machine_that_changes_from_text_to_text_changes_nothing():
+    """Though most forwards of 8 rows fall where it is slow, and most of one row where it is not."""
+    base, budget, watch = tiny(), Budget((1, 8, 64), (160,), ((1.0, 1.1, 1.2),)), Watch()
+    for text in range(12):
+        slow, often, seldom = (1.5, 8, 1) if text % 2 else (1.0, 1, 8)
+        watch.observe(Step([5], 61, budget, 10, index=1))
+        for number in range(20):
+            rows = seldom if number % 4 == 3 else often
+            took = slow * {1: 1.0, 8: 1.1}[rows]
+            watch.observe(Step([5], 61, budget, 10, index=2 + number, rows=rows, seconds=took))
     assert watch.kept_true(base, budget) is budget
 
 
