@@ -183,8 +183,8 @@ def exactness() -> str:
 def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
-        "chart": chart, "composed": composed, "speed": speed, "compiled": compiled, "drafters": drafters, "pairs": pairs,
-        "ablation": ablation, "exactness": exactness,
+        "chart": chart, "composed": composed, "speed": speed, "compiled": compiled, "drafters": drafters,
+        "pairs": pairs, "ablation": ablation, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 
