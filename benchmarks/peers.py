@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,31 @@ from transformers import CompileConfig, StaticCache
 from ppd_compose.bench import WithSettings, greedy
 from ppd_compose.demo_base import GGUF, WHEEL
 from ppd_compose.identity import Identity
-from ppd_compose.loading import LoadedBase
+from ppd_compose.loading import LoadedBase, load_base
 from ppd_compose.shipped import shipped_drafter
 
 LONGEST = 2048  # tokens of a prompt and its answer
+
+
+@dataclass(frozen=True)
+class Files:
+    """What some peers need beside the base.
+
+    Attributes:
+        gguf: the base's file, for llama.cpp.
+        assistant: folder or Hub id of a smaller model with the base's tokenizer, for assisted generation.
+    """
+
+    gguf: Path
+    assistant: str = ""
+
+
+def assisted(loaded: LoadedBase, assistant: str) -> Any:
+    """transformers' assisted generation."""
+    if not assistant:
+        raise ValueError("no smaller model with the base's tokenizer was named: give --assistant")
+    smaller = load_base(assistant, str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type)
+    return WithSettings(loaded.model, {"assistant_model": smaller.model})
 
 
 def lookup(loaded: LoadedBase) -> Any:
@@ -163,27 +184,28 @@ def _until(tokens: list[int], ends: list[int], most: int) -> list[int]:
     return tokens[: min(stop, most)]
 
 
-MAKERS: dict[str, Callable[[LoadedBase, Path], Any]] = {
+MAKERS: dict[str, Callable[[LoadedBase, Files], Any]] = {
     "transformers lookup": lambda loaded, _: lookup(loaded),
+    "transformers assisted": lambda loaded, files: assisted(loaded, files.assistant),
     "transformers static": lambda loaded, _: Static(loaded),
     "economize lookup": lambda loaded, _: economize_lookup(loaded),
     "economize medusa": lambda loaded, _: economize_medusa(loaded),
     "economize hybrid": lambda loaded, _: economize_hybrid(loaded),
     "dejavuu recycling": lambda loaded, _: Dejavuu(loaded, "token_recycling"),
     "dejavuu suffix": lambda loaded, _: Dejavuu(loaded, "suffix_recycle_merge"),
-    "llama.cpp": LlamaCpp,
+    "llama.cpp": lambda loaded, files: LlamaCpp(loaded, files.gguf),
 }
 HOST_AND_GREEDY = ("dejavuu recycling", "dejavuu suffix", "llama.cpp")  # as they are set up here
 
 
-def peers(loaded: LoadedBase, names: list[str], gguf: Path, drawn: bool = False) -> Iterator[tuple[str, Any, str]]:
+def peers(loaded: LoadedBase, names: list[str], files: Files, drawn: bool = False) -> Iterator[tuple[str, Any, str]]:
     """Name, contender and "" of each; None and the reason of one that does not run here."""
     for name in names:
         if name in HOST_AND_GREEDY and (drawn or loaded.model.device.type != "cpu"):
             yield name, None, "it decodes greedily on the CPU"
             continue
         try:
-            made = MAKERS[name](loaded, gguf)
+            made = MAKERS[name](loaded, files)
             greedy(made, torch.tensor([[1, 2, 3, 4, 5, 6]]), 8)
             yield name, made, ""
         except Exception as error:  # whatever another project's code raises

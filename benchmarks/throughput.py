@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peers import GGUF_NAME, LONGEST, MAKERS, peers
+from peers import GGUF_NAME, LONGEST, MAKERS, Files, peers
 from rich.console import Console
 
 from ppd_compose import bench_job
@@ -32,6 +32,7 @@ def main(
     ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "packed",
     peer: Annotated[list[str] | None, typer.Option(help="A peer by name, or 'all'. Repeatable.")] = None,
     gguf: Annotated[Path, typer.Option(help="The base's GGUF, for llama.cpp.")] = Path(GGUF_NAME),
+    assistant: Annotated[str, typer.Option(help="A smaller model, for transformers' assisted generation.")] = "",
     per_category: Annotated[int, typer.Option(help="Questions of each category.")] = 10,
     tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     rounds: Annotated[int, typer.Option(help="Interleaved; a question counts its median.")] = 3,
@@ -55,7 +56,7 @@ def main(
     answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
     skipped = {}
-    for name, made, reason in peers(loaded, chosen(peer), gguf, bool(temperature)):
+    for name, made, reason in peers(loaded, chosen(peer), Files(gguf, assistant), bool(temperature)):
         if made is None:
             skipped[name] = reason
             console.print(f"[yellow]skipped {name}:[/] {reason}", highlight=False)
@@ -68,6 +69,7 @@ def main(
         f"python benchmarks/throughput.py --questions {questions.name} {' '.join(words)} --ways {ways} --per-category "
         f"{per_category} --tokens {tokens} --rounds {rounds} --temperature {temperature:g} --base {loaded.name} "
         f"--dtype {dtype} --device {device}{' --all-turns' if all_turns else ''}{' --int8' if int8 else ''}"
+        f"{f' --assistant {Path(assistant).name}' if assistant else ''}"
     )
     protocol = Protocol(asked, rounds, tokens, temperature, all_turns)
     print(json.dumps(bench_job.bench(loaded, contenders, protocol, command, console, json_file, skipped)))

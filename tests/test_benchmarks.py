@@ -193,10 +193,22 @@ def test_rows_computed_alone_give_the_very_numbers_of_generate():
 
 def test_peers_that_cannot_run_here_are_skipped_with_the_reason(tmp_path):
     loaded = LoadedBase(tiny(), tokenizer(), "tiny", "here")
-    asked_for = ["transformers lookup", "economize lookup", "dejavuu recycling", "llama.cpp"]
-    told = {name: (made, reason) for name, made, reason in peers.peers(loaded, asked_for, tmp_path / "no.gguf")}
+    asked_for = ["transformers lookup", "transformers assisted", "economize lookup", "dejavuu recycling", "llama.cpp"]
+    files = peers.Files(tmp_path / "no.gguf")
+    told = {name: (made, reason) for name, made, reason in peers.peers(loaded, asked_for, files)}
     assert list(told) == asked_for
     for name, (made, reason) in told.items():
         assert (made is None) == bool(reason), name
+    assert "--assistant" in told["transformers assisted"][1]
     made, _ = told["transformers lookup"]
+    assert greedy(made, prompt(), 12) == greedy(tiny(), prompt(), 12)
+
+
+def test_an_assistant_model_is_a_peer_where_one_is_named(tmp_path):
+    loaded = LoadedBase(tiny(), tokenizer(), "tiny", "here")
+    tiny().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    files = peers.Files(tmp_path / "no.gguf", str(tmp_path))
+    [(_, made, reason)] = peers.peers(loaded, ["transformers assisted"], files)
+    assert not reason
     assert greedy(made, prompt(), 12) == greedy(tiny(), prompt(), 12)
