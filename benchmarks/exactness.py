@@ -1,7 +1,8 @@
 """What stands between half precision and the very tokens of generate, and what it costs to remove it.
 
 A forward of several rows rounds otherwise than forwards of one: some products add in another order, and attention adds
-in an order that depends on how many columns a row is given. Here both are computed as if every row were alone.
+in an order that depends on how many columns a row is given. Here both are computed as if every row were alone; or all
+is left as it is, and only rows whose two best logits are close are computed once more, by a forward of one row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,19 +19,20 @@ import typer
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ppd_compose import compose, decode
+from ppd_compose import TokenTree, compose, decode
 from ppd_compose.bench import Question, greedy, questions_from
 from ppd_compose.cli import drafters_of
 from ppd_compose.environment import environment
 from ppd_compose.grouped import NAME
 from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
+from ppd_compose.verify import verify
 
 TRIED = 256  # rows by which a product's order is found out
-WAYS = ("as it is", "products alone", "products and attention")
+AS_IT_IS, NEAR_TIES, PRODUCTS, ALL = WAYS = ("as it is", "near ties alone", "products alone", "products and attention")
 
 
 def by_columns(rows: Tensor, layer: nn.Linear) -> Tensor:
@@ -78,10 +81,47 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     return torch.cat(told, 1), None
 
 
+@dataclass
+class NearTies:
+    """Verify forwards whose nodes on the path are decided by a forward of one row where the two best logits are close.
+
+    Attributes:
+        gap: largest difference of two logits that are called close.
+        forwards: of one row, so far.
+    """
+
+    gap: float
+    forwards: int = 0
+
+    def __call__(self, forward: Any, cache: Any, context: Any, tree: Any, *args: Any) -> Any:
+        """As `verify`."""
+        verified = verify(forward, cache, context, tree, *args)
+        path: list[int] = []
+        node: int | None = 0
+        while node is not None:
+            best, second = verified.logits[node].float().topk(2).values
+            if len(tree) > 1 and best - second <= self.gap:
+                verified.logits[node] = self.alone(forward, cache, context, tree, [*path, node])
+            path.append(node)
+            node = tree.child(node, int(verified.logits[node].argmax()))
+        return verified
+
+    def alone(self, forward: Any, cache: Any, context: Any, tree: Any, path: list[int]) -> Tensor:
+        """Logits after the last node of `path`, over the keys and values of the others, which stay as they are."""
+        before = context.length
+        columns = [*range(before), *(before + node for node in path[:-1])]
+        layers = [(layer.keys[:, :, columns], layer.values[:, :, columns]) for layer in cache.layers]
+        root = TokenTree.chain(tree.tokens[path[-1]])
+        own = verify(forward, DynamicCache(layers), context.grown(len(path) - 1), root, [], {})
+        self.forwards += 1
+        return own.logits[0]
+
+
 @contextmanager
-def as_alone(way: str, exact: dict[nn.Linear, Any]) -> Iterator[None]:
+def as_alone(way: str, exact: dict[nn.Linear, Any], ties: NearTies) -> Iterator[None]:
     """Verify forwards are computed `way`; prefills as ever."""
-    verify, ours, verifying = decode.verify, ALL_ATTENTION_FUNCTIONS[NAME], []
+    ours, verifying = ALL_ATTENTION_FUNCTIONS[NAME], []
+    how: Callable[..., Any] = ties if way == NEAR_TIES else verify
     plain = nn.Linear.forward
 
     def product(layer: nn.Linear, rows: Tensor) -> Tensor:
@@ -92,13 +132,13 @@ def as_alone(way: str, exact: dict[nn.Linear, Any]) -> Iterator[None]:
     def noted(*args: Any, **kwargs: Any) -> Any:
         verifying.append(True)
         try:
-            return verify(*args, **kwargs)
+            return how(*args, **kwargs)
         finally:
             verifying.clear()
 
-    if way != WAYS[0]:
+    if way in (PRODUCTS, ALL):
         nn.Linear.forward = product  # type: ignore[method-assign]
-    if way == WAYS[2]:
+    if way == ALL:
         AttentionInterface.register(NAME, attention)
     decode.verify = noted
     try:
@@ -124,6 +164,7 @@ def main(
     per_category: int = 10,
     tokens: int = 128,
     rows: Annotated[int, typer.Option(help="Most rows of a forward.")] = 8,
+    gap: Annotated[float, typer.Option(help="Largest difference of two logits that is called a near tie.")] = 0.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
 ) -> None:
     """Print, as the last line, the result as JSON."""
@@ -132,16 +173,17 @@ def main(
     exact = products(loaded.model)
     models = {way: compose(loaded.model, *drafters_of(drafters), budget=rows) for way in WAYS}
     counted = ("identical", "questions", "seconds", "verify_seconds", "forwards", "tokens")
-    told = {way: dict.fromkeys(counted, 0.0) for way in WAYS}
+    told, ties = {way: dict.fromkeys(counted, 0.0) for way in WAYS}, NearTies(gap)
     for question in track(asked, "questions"):
         expected = greedy(loaded.model, question.ids, tokens)
         for way, model in models.items():
-            with as_alone(way, exact):
+            with as_alone(way, exact, ties):
                 answered(model, question, tokens, expected, told[way])
+    told[NEAR_TIES]["alone"] = ties.forwards
     names = {name for name, layer in loaded.model.named_modules() if layer in exact}
     command = (
         f"python benchmarks/exactness.py --questions {questions.name} --drafters {drafters} --per-category "
-        f"{per_category} --tokens {tokens} --rows {rows}"
+        f"{per_category} --tokens {tokens} --rows {rows} --gap {gap:g}"
     )
     result = {
         "environment": environment(loaded.model, command),

@@ -182,13 +182,26 @@ def test_rows_computed_alone_give_the_very_numbers_of_generate():
         expected = base.generate(
             ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        with exactness.as_alone(exactness.WAYS[2], products):
+        with exactness.as_alone(exactness.ALL, products, exactness.NearTies(0.5)):
             told = model.generate(
                 ids, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
         assert torch.equal(told.sequences, expected.sequences)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(told.logits, expected.logits, strict=True))
     assert torch.nn.Linear.forward.__qualname__ == "Linear.forward"
+
+
+def test_near_ties_are_decided_by_forwards_of_one_row_and_leave_the_cache_as_it_was():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), "recycling", budget=8)
+    told = {}
+    for gap in (-1.0, float("inf")):
+        ties = exactness.NearTies(gap)
+        with exactness.as_alone(exactness.NEAR_TIES, {}, ties):
+            assert greedy(model, prompt(), 40) == greedy(base, prompt(), 40)
+        told[gap] = ties.forwards
+    assert told[-1.0] == 0
+    assert told[float("inf")] > 10
 
 
 def test_peers_that_cannot_run_here_are_skipped_with_the_reason(tmp_path):
