@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ class Dejavuu:
             loaded.model.save_pretrained(folder)
             dtype = str(loaded.model.dtype).removeprefix("torch.")
             self.backend = Backend(folder, device="cpu", dtype=dtype, attn_implementation="sdpa", emit_hidden=False)
-        self.run, self.drafter, self.device = generate, make_drafter(method), loaded.model.device
+        self.run, self.make, self.device = generate, partial(make_drafter, method), loaded.model.device
+        self.drafter = self.make()
         self.ends = _ends(loaded)
 
     def generate(self, ids: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
@@ -148,6 +150,15 @@ class Dejavuu:
         prompt = ids[0].tolist()
         told = self.run(self.backend, prompt, max_new_tokens, self.drafter, budget=8, eos=self.ends[0], tree=True)
         return torch.tensor([[*prompt, *_until(told.tokens, self.ends, max_new_tokens)]])
+
+
+def unlearnt(peer: Any) -> Any:
+    """`peer` as it was before it decoded anything."""
+    if not isinstance(peer, Dejavuu):  # the others learn nothing
+        return peer
+    anew = copy.copy(peer)
+    anew.drafter = anew.make()
+    return anew
 
 
 class LlamaCpp:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peers import GGUF_NAME, LONGEST, MAKERS, Files, peers
+from peers import GGUF_NAME, LONGEST, MAKERS, Files, peers, unlearnt
 from rich.console import Console
 
 from ppd_compose import bench_job
@@ -35,7 +35,7 @@ def main(
     assistant: Annotated[str, typer.Option(help="A smaller model, for transformers' assisted generation.")] = "",
     per_category: Annotated[int, typer.Option(help="Questions of each category.")] = 10,
     tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Interleaved; a question counts its median.")] = 3,
+    rounds: Annotated[int, typer.Option(help="A question counts its median.")] = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     all_turns: AllTurnsOption = False,
     base: Annotated[str, typer.Option(help="Folder, Hub id, or 'demo'.")] = "demo",
@@ -51,8 +51,8 @@ def main(
     loaded = load_base(base, dtype, device)
     if int8:
         to_eight_bits(loaded.model)
-    listings = {listing: drafters_of(listing) for listing in drafters or ["ppd+ngram+recycling+lookup"]}
-    contenders: dict[str, Any] = bench_job.composed(loaded, listings, ways.split("+"), None)
+    listings = drafters or ["ppd+ngram+recycling+lookup"]
+    others: dict[str, Any] = {}
     answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
     skipped = {}
@@ -61,9 +61,14 @@ def main(
             skipped[name] = reason
             console.print(f"[yellow]skipped {name}:[/] {reason}", highlight=False)
         else:
-            contenders[name] = made
+            others[name] = made
     if peer:
         asked = [question for question in asked if question.ids.shape[1] + tokens <= LONGEST]
+
+    def contenders() -> dict[str, Any]:
+        made = bench_job.composed(loaded, {name: drafters_of(name) for name in listings}, ways.split("+"), None)
+        return made | {name: unlearnt(peer) for name, peer in others.items()}
+
     words = [f"--drafters {listing}" for listing in listings] + [f"--peer {name!r}" for name in peer or []]
     command = (
         f"python benchmarks/throughput.py --questions {questions.name} {' '.join(words)} --ways {ways} --per-category "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked and how: every question `rounds` times, greedily at `temperature` 0, else drawn."""
+    """What is asked and how: every question in each of the `rounds`, greedily at `temperature` 0, else drawn."""
 
     questions: Sequence[Question]
     rounds: int = 1
@@ -122,28 +122,34 @@ def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def run(contenders: Mapping[str, Any], protocol: Protocol, done: Container[int] = ()) -> Iterator[tuple[int, Answers]]:
-    """Ask every contender every question that is not `done`, and yield its number and the answers, by contender.
+def one_round(
+    contenders: Mapping[str, Any], protocol: Protocol, turn: int, done: Container[int] = ()
+) -> Iterator[tuple[int, Answers]]:
+    """Ask every contender every question that is not `done` once, and yield its number and the answers, by contender.
 
-    The contenders take turns within each question, in an order that rotates, so that a drift of the machine meets
-    all alike. One answer of each contender before the first question is not counted.
+    The contenders take turns at each question, in an order that rotates with it and with the round, `turn`, so that a
+    drift of the machine meets all alike. To begin with each answers the first question read backwards, which is not
+    counted: read as it is, what learns while it decodes would know the beginning of the answer.
     """
     for model in contenders.values():
-        greedy(model, protocol.questions[0].ids, 16)
+        greedy(model, protocol.questions[0].ids.flip(1), 16)
     names = list(contenders)
     for number, question in enumerate(protocol.questions):
         if number in done:
             continue
-        answers = {name: Answered(question.category, question.ids.shape[1]) for name in names}
-        for turn in range(protocol.rounds):
-            shift = (number + turn) % len(names)
-            for name in names[shift:] + names[:shift]:
-                answer = answers[name]
-                begin = time.perf_counter()
-                answer.ids = protocol.ask(contenders[name], number)
-                answer.seconds.append(time.perf_counter() - begin)
-                answer.stats = getattr(contenders[name], "stats", None)
+        answers = {}
+        shift = (number + turn) % len(names)
+        for name in names[shift:] + names[:shift]:
+            begin = time.perf_counter()
+            ids = protocol.ask(contenders[name], number)
+            seconds, stats = time.perf_counter() - begin, getattr(contenders[name], "stats", None)
+            answers[name] = Answered(question.category, question.ids.shape[1], [seconds], ids, stats)
         yield number, answers
+
+
+def joined(rounds: Sequence[Answered]) -> Answered:
+    """One contender's answer to a question: that of the last round, with the seconds of all."""
+    return replace(rounds[-1], seconds=[seconds for answer in rounds for seconds in answer.seconds])
 
 
 def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .bench import BASE, Answered, Protocol, WithSettings, divergence, run, summarise
+from .bench import BASE, Answered, Protocol, WithSettings, divergence, joined, one_round, summarise
 from .compose import compose
 from .environment import environment
 from .journal import Journal
@@ -50,7 +50,7 @@ def plain(loaded: LoadedBase, settings: Sequence[str]) -> dict[str, Any]:
 
 def bench(
     loaded: LoadedBase,
-    contenders: Mapping[str, Any],
+    contenders: Callable[[], Mapping[str, Any]],
     protocol: Protocol,
     command: str,
     console: Console,
@@ -60,29 +60,37 @@ def bench(
     """Run base and `contenders`, anything with a device and transformers' `generate`; the result as plain data.
 
     Args:
+        contenders: makes them by name, for each round anew: none may have seen a question before, as what learns while
+            it decodes would know the answer.
         out: file that the result is written to, as JSON. Until then finished questions are kept beside it, and a run
             that was cut off goes on where it stopped; what drafters learnt by then is lost.
         skipped: contenders that do not run here, with the reason.
     """
-    everyone = {BASE: loaded.model, **contenders}
+    made = contenders()
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
-    journal = Journal(kept, _told_apart(provenance, everyone, protocol))
+    journal = Journal(kept, _told_apart(provenance, [BASE, *made], protocol))
+    everything = protocol.rounds * len(protocol.questions)
     with Progress(console=console) as progress:
-        task = progress.add_task("questions", total=len(protocol.questions), completed=len(journal.answers))
-        for number, answers in run(everyone, protocol, tuple(journal.answers)):
-            journal.keep(number, answers)
-            progress.advance(task)
-    by_name = {name: [journal.answers[i][name] for i in range(len(protocol.questions))] for name in everyone}
+        task = progress.add_task("questions", total=everything, completed=sum(map(len, journal.rounds.values())))
+        for turn in range(protocol.rounds):
+            done = tuple(journal.rounds[turn])
+            if len(done) == len(protocol.questions):
+                continue
+            made = contenders() if turn else made
+            for number, answers in one_round({BASE: loaded.model, **made}, protocol, turn, done):
+                journal.keep(turn, number, answers)
+                progress.advance(task)
+    by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}
     result = {
         "schema": SCHEMA,
         "environment": {**provenance, "base": loaded.name, "base_origin": loaded.origin},
         "protocol": {name: value for name, value in vars(protocol).items() if name != "questions"},
         "skipped": dict(skipped or {}),
-        "budgets": {name: asdict(model.budget) for name, model in contenders.items() if hasattr(model, "plugins")},
+        "budgets": {name: asdict(model.budget) for name, model in made.items() if hasattr(model, "plugins")},
         "base": _base(by_name[BASE]),
-        "runs": [_report(loaded, name, by_name[name], by_name[BASE], protocol) for name in contenders],
-        "traces": _traces(loaded, contenders, protocol),
+        "runs": [_report(loaded, name, by_name[name], by_name[BASE], protocol) for name in made],
+        "traces": _traces(loaded, made, protocol),
     }
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
@@ -91,7 +99,12 @@ def bench(
     return result
 
 
-def _told_apart(provenance: Mapping[str, Any], everyone: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+def _joined(journal: Journal, name: str, protocol: Protocol) -> list[Answered]:
+    rounds = [journal.rounds[turn] for turn in range(protocol.rounds)]
+    return [joined([answers[number][name] for answers in rounds]) for number in range(len(protocol.questions))]
+
+
+def _told_apart(provenance: Mapping[str, Any], everyone: Sequence[str], protocol: Protocol) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     asked = [question.ids[0].tolist() for question in protocol.questions]
     return {

@@ -152,7 +152,7 @@ def bench(
     generate_with: Annotated[
         list[str] | None, typer.Option(help="One more contender: generate with name=value. Repeatable.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; a question counts its median.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="A question counts its median round.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     all_turns: AllTurnsOption = False,
     rows: RowsOption = None,
@@ -173,12 +173,15 @@ def bench(
     from .prompts import read_prompts
 
     loaded = load_base(base, dtype, device)
-    listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
     ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
     answer = partial(greedy, loaded.model, max_new_tokens=max_new_tokens) if all_turns else None
     asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
-    contenders = bench_job.composed(loaded, listings, ways or ["eager"], rows)
-    contenders |= bench_job.plain(loaded, generate_with or [])
+
+    def contenders() -> dict[str, Any]:
+        listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
+        made = bench_job.composed(loaded, listings, ways or ["eager"], rows)
+        return made | bench_job.plain(loaded, generate_with or [])
+
     protocol = Protocol(asked, rounds, max_new_tokens, temperature, all_turns)
     print(json.dumps(bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file)))
 

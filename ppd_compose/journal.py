@@ -1,12 +1,13 @@
 """What a benchmark has answered so far, in a file beside its result: a run that was cut off goes on where it stopped.
 
-Knows one line a question, and to which run they belong. Does not know how answers are timed.
+Knows one line a question and round, and to which run they belong. Does not know how answers are timed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .storage import write_text
 
 
 class Journal:
-    """The finished questions of the run that `run` describes, plain data that is another for another run.
+    """The finished questions of each round of the run that `run` describes, plain data that is another for another run.
 
     Args:
         path: of the file, which `close` removes; None keeps nothing.
@@ -27,21 +28,22 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
-        self.path, self.answers = path, dict[int, Answers]()
+        self.path, self.rounds = path, defaultdict[int, dict[int, Answers]](dict)
         begun = [json.loads(json.dumps(run))]
         if path is not None and path.is_file():
             begun = _lines(path)
             _refuse_others(path, begun[0], json.loads(json.dumps(run)))
-            self.answers = {told["question"]: _answers(told["answers"]) for told in begun[1:]}
+            for told in begun[1:]:
+                self.rounds[told["round"]][told["question"]] = _answers(told["answers"])
         if path is not None:
             write_text(path, "".join(json.dumps(told) + "\n" for told in begun))  # without a line that was cut off
 
-    def keep(self, question: int, answers: Answers) -> None:
-        """Take up a finished question."""
-        self.answers[question] = answers
+    def keep(self, turn: int, question: int, answers: Answers) -> None:
+        """Take up a question that was finished in round `turn`."""
+        self.rounds[turn][question] = answers
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(question, answers)) + "\n")
+                file.write(json.dumps({"round": turn, **_plain(question, answers)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

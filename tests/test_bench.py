@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ class Slowly:
         self.base, self.device, self.left, self.asked = base, base.device, answers, 0
 
     def generate(self, ids, **settings):
-        if self.left is not None and self.asked > self.left:
+        if self.left is not None and self.asked >= self.left:
             raise CutOff
         self.asked += 1
         return self.base.generate(ids, **settings)
@@ -64,28 +65,49 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
     loaded = LoadedBase(base, tokenizer(), "tiny", "here")
     protocol = Protocol([Question(prompt(seed=i), "qa") for i in range(4)], 2, 8, temperature)
     console, out, kept = Console(quiet=True), tmp_path / "result.json", tmp_path / "result.json.part"
-    composed = compose(base, "recycling", budget=8)
 
     def go(contender, temperature=temperature):
-        contenders = {"slow": contender, "recycling": composed}
+        def contenders():
+            return {"slow": contender, "recycling": compose(base, "recycling", budget=8)}
+
         return bench(loaded, contenders, replace(protocol, temperature=temperature), "command", console, out)
 
     with pytest.raises(CutOff):
-        go(Slowly(base, answers=5))  # one to warm up, two questions of two rounds
+        go(Slowly(base, answers=1 + 4 + 1 + 2))  # a round of four, one of two, and one to warm up before each
     with kept.open("a") as file:
-        file.write('{"question": 3, "ans')
+        file.write('{"round": 1, "question": 3, "ans')
     again = Slowly(base)
     result = go(again)
-    assert again.asked == 1 + 2 * 2
+    assert again.asked == 1 + 2
     assert not kept.exists()
     assert json.loads(out.read_text())["protocol"]["temperature"] == temperature
     for run in result["runs"]:
         assert run["questions"] == 4
         assert run["identical"] == 4
+        assert len(run["speedup_by_round"]) == 2
     assert result["runs"][1]["tokens_per_forward"] > 0
     assert list(result["runs"][1]["acceptance"]) == ["recycling"]
     assert result["runs"][0]["reliability"] == []
     assert all(0 <= tenth["right"] <= 1 and tenth["guesses"] > 0 for tenth in result["runs"][1]["reliability"])
+
+
+def test_what_learns_while_it_decodes_knows_no_answer_from_the_round_before():
+    base = tiny()
+    loaded, questions = (
+        LoadedBase(base, tokenizer(), "tiny", "here"),
+        [Question(prompt(seed=i), "qa") for i in range(3)],
+    )
+
+    def contenders():
+        return {"recycling": compose(base, "recycling", budget=8)}
+
+    once, thrice = (
+        bench(loaded, contenders, Protocol(questions, rounds, 24), "command", Console(quiet=True))["runs"][0]
+        for rounds in (1, 3)
+    )
+    assert len(thrice["speedup_by_round"]) == 3
+    assert thrice["tokens_per_forward"] == once["tokens_per_forward"]
+    assert thrice["acceptance"] == once["acceptance"]
 
 
 def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
@@ -93,15 +115,15 @@ def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
     loaded, out = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "result.json"
     protocol, kept = Protocol([Question(prompt(seed=i), "qa") for i in range(2)], 1, 8), tmp_path / "result.json.part"
     with pytest.raises(CutOff):
-        bench(loaded, {"slow": Slowly(base, answers=1)}, protocol, "command", Console(quiet=True), out)
+        bench(loaded, lambda: {"slow": Slowly(base, answers=2)}, protocol, "command", Console(quiet=True), out)
     before = kept.read_bytes()
     for name, command, what in (("slow", "another", "command"), ("fast", "command", "contenders")):
         with pytest.raises(ValueError, match=rf"answered so far \({what} differ\).*begin anew"):
-            bench(loaded, {name: Slowly(base)}, protocol, command, Console(quiet=True), out)
+            bench(loaded, partial(dict, **{name: Slowly(base)}), protocol, command, Console(quiet=True), out)
         assert kept.read_bytes() == before
     kept.write_text("{\n" + "x\n")
     with pytest.raises(ValueError, match=r"result.json.part is damaged"):
-        bench(loaded, {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
+        bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
 
 
 def test_later_turns_follow_the_answers_to_those_before():
