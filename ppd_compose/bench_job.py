@@ -70,17 +70,8 @@ def bench(
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
     journal = Journal(kept, _told_apart(provenance, [BASE, *made], protocol))
-    everything = protocol.rounds * len(protocol.questions)
     with Progress(console=console) as progress:
-        task = progress.add_task("questions", total=everything, completed=sum(map(len, journal.rounds.values())))
-        for turn in range(protocol.rounds):
-            done = tuple(journal.rounds[turn])
-            if len(done) == len(protocol.questions):
-                continue
-            made = contenders() if turn else made
-            for number, answers in one_round({BASE: loaded.model, **made}, protocol, turn, done):
-                journal.keep(turn, number, answers)
-                progress.advance(task)
+        made = _asked(loaded, made, contenders, protocol, journal, progress)
     by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}
     result = {
         "schema": SCHEMA,
@@ -90,13 +81,35 @@ def bench(
         "budgets": {name: asdict(model.budget) for name, model in made.items() if hasattr(model, "plugins")},
         "base": _base(by_name[BASE]),
         "runs": [_report(loaded, name, by_name[name], by_name[BASE], protocol) for name in made],
-        "traces": _traces(loaded, made, protocol),
+        "traces": _traces(loaded, contenders(), protocol),
     }
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
     journal.close()
     console.print(_table(result))
     return result
+
+
+def _asked(
+    loaded: LoadedBase,
+    made: Mapping[str, Any],
+    contenders: Callable[[], Mapping[str, Any]],
+    protocol: Protocol,
+    journal: Journal,
+    progress: Progress,
+) -> Mapping[str, Any]:
+    """Ask what is not in the `journal`, the first round's of those that are `made`; the contenders of the last round."""
+    kept, everything = sum(map(len, journal.rounds.values())), protocol.rounds * len(protocol.questions)
+    task = progress.add_task("questions", total=everything, completed=kept)
+    for turn in range(protocol.rounds):
+        done = tuple(journal.rounds[turn])
+        if len(done) == len(protocol.questions):
+            continue
+        made = contenders() if turn else made
+        for number, answers in one_round({BASE: loaded.model, **made}, protocol, turn, done):
+            journal.keep(turn, number, answers)
+            progress.advance(task)
+    return made
 
 
 def _joined(journal: Journal, name: str, protocol: Protocol) -> list[Answered]:
