@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 FINGERPRINT_ROWS = 256
+ENTRIES = 16  # of each parameter, in a digest of all weights
 LARGEST = 2**31  # of a size that is believed
 
 
@@ -75,6 +76,19 @@ def device_name(model: PreTrainedModel) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"CPU: {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash a few entries of every parameter: a fine-tune or a merged adapter is another model than its base, which the
+    fingerprint of an input embedding does not tell."""
+    embeddings: Any = model.get_input_embeddings()
+    digest = hashlib.sha256(fingerprint(embeddings.weight).encode())
+    plain = ((name, weight) for name, weight in model.named_parameters() if type(weight) is torch.nn.Parameter)
+    for name, parameter in plain:  # quantised ones are classes of their own, that need not know how to flatten
+        entries = parameter.detach().flatten()
+        step = max(1, len(entries) // ENTRIES)
+        digest.update(f"{name} {entries[::step].double().tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(weight: torch.Tensor) -> str:

@@ -5,10 +5,11 @@ Knows accelerate and the order of the data. Does not know what is trained, nor i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,12 +60,15 @@ class Taught:
     top1: Tensor  # [distances]
 
 
-def run(module: Module, recipe: Recipe, folder: Path, step: Callable[[Module, int], Taught]) -> Module:
+def run(
+    module: Module, recipe: Recipe, folder: Path, replies: Sequence[Reply], step: Callable[[Module, int], Taught]
+) -> Module:
     """Train the parameters of `module` that want gradients, resuming from the newest checkpoint in `folder`.
 
     `step(module, number)` gives the loss of batch `number`, counted from 0 over all processes. The same recipe and
-    data give the same parameters on the same machine, whether or not the run was interrupted.
-    Raises `ValueError` when `folder` holds checkpoints of another recipe.
+    data give the same parameters on the same machine, whether or not the run was interrupted. `replies` are what
+    the steps learn from.
+    Raises `ValueError` when `folder` holds checkpoints of another recipe, of other replies or of another beginning.
     """
     set_seed(recipe.seed)
     accelerator = Accelerator()
@@ -72,7 +76,8 @@ def run(module: Module, recipe: Recipe, folder: Path, step: Callable[[Module, in
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
     model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
-    done = _resume(accelerator, folder, recipe)
+    facts = {**asdict(recipe), "begun_with": _digest(trained, replies)}
+    done = _resume(accelerator, folder, facts)
     with _progress() as bar:
         task = bar.add_task("training", total=recipe.steps, completed=done)
         for number in range(done, recipe.steps):
@@ -84,7 +89,7 @@ def run(module: Module, recipe: Recipe, folder: Path, step: Callable[[Module, in
             optimizer.zero_grad()
             _tell(bar, task, number + 1, taught)
             if (number + 1) % recipe.checkpoint_every == 0 or number + 1 == recipe.steps:
-                _checkpoint(accelerator, folder, number + 1, recipe)
+                _checkpoint(accelerator, folder, number + 1, facts)
     return module
 
 
@@ -147,24 +152,35 @@ def usable(replies: Sequence[Reply], recipe: Recipe, ahead: int) -> list[Reply]:
     return found
 
 
-def _checkpoint(accelerator: Accelerator, folder: Path, step: int, recipe: Recipe) -> None:
+def _digest(parameters: Iterable[Tensor], replies: Sequence[Reply]) -> str:
+    """Tells trainings apart that begin with other `parameters`, or learn from other replies."""
+    digest = hashlib.sha256(json.dumps([reply.ids for reply in replies]).encode())
+    for parameter in parameters:
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checkpoint(accelerator: Accelerator, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
     target = folder / f"step-{step:06}"
     if accelerator.is_main_process and not target.exists():
         with staged_folder(target) as staging:
             accelerator.save_state(str(staging))
-            (staging / "recipe.json").write_text(json.dumps(asdict(recipe)), encoding="utf-8")
+            (staging / "recipe.json").write_text(json.dumps(facts), encoding="utf-8")
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, folder: Path, recipe: Recipe) -> int:
+def _resume(accelerator: Accelerator, folder: Path, facts: Mapping[str, Any]) -> int:
     """Load the newest checkpoint and return its step, 0 without one."""
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
-    if json.loads((found[-1] / "recipe.json").read_text(encoding="utf-8")) != asdict(recipe):
-        raise ValueError(f"{found[-1]} was written by another recipe: give an empty folder or remove it")
+    if json.loads((found[-1] / "recipe.json").read_text(encoding="utf-8")) != facts:
+        raise ValueError(
+            f"{found[-1]} was written by another recipe, or with another base, other prompts or another start: give an "
+            "empty folder or remove it"
+        )
     accelerator.load_state(str(found[-1]))
     return int(found[-1].name.removeprefix("step-"))
 

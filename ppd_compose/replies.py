@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from .identity import Identity
+from .identity import weights_digest
 from .storage import write_text
 
 
@@ -43,7 +43,7 @@ def own_replies(
 ) -> list[Reply]:
     """Greedy replies of `model` to `prompts` (token ids), in the order of `prompts`.
 
-    Batches are written to `folder` one file each, under a key of model, dtype and length, so that an interrupted
+    Batches are written to `folder` one file each, under a key of weights, dtype and length, so that an interrupted
     call goes on where it stopped and prompts added later cost only themselves. Prompts of like length share a batch.
     """
     cache = folder / _key(model, max_new_tokens)
@@ -66,7 +66,7 @@ def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:
 
 
 def _key(model: PreTrainedModel, length: int) -> str:
-    text = json.dumps([Identity.of(model).fingerprint, str(model.dtype), length])
+    text = json.dumps([weights_digest(model), _eos(model), str(model.dtype), length])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

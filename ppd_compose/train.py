@@ -52,13 +52,14 @@ def train_prompt_tokens(
 
     The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
     recipe, replies and machine give the same rows, whether or not the run was interrupted.
-    Raises `ValueError` when no reply is long enough, or `start` has another shape than the recipe.
+    Raises `ValueError` when no reply, or none held out, is long enough, or `start` has another shape than the recipe.
     """
     shape = (recipe.num_prompt_tokens, recipe.ensemble)
     if start is not None and start.shape[:2] != shape:
         raise ValueError(f"training was to start from {tuple(start.shape[:2])} embeddings, the recipe wants {shape}")
     recipe = within_window(recipe, base, recipe.num_prompt_tokens)
     mine = usable(replies, recipe, recipe.num_prompt_tokens)
+    usable(held_out, recipe, recipe.num_prompt_tokens)  # else all accuracies, which gains are made of, would be 0
 
     def step(rows: PromptRows, number: int) -> Taught:
         batch = make_batch(replies_of_batch(mine, recipe, number), recipe, number).to(base.device)
@@ -68,7 +69,7 @@ def train_prompt_tokens(
     with frozen(base):
         first = initial_embeddings(base, recipe) if start is None else start
         rows = PromptRows(first).to(base.device)
-        rows = run(rows, recipe, checkpoints, step)
+        rows = run(rows, recipe, checkpoints, mine, step)
         return Trained(rows.embeddings.detach().cpu(), evaluate(base, rows, held_out, recipe))
 
 

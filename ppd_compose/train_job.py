@@ -77,8 +77,8 @@ def split_replies(
             base, ids, cache_folder() / "replies",
             max_new_tokens=reply_tokens, batch_size=reply_batch, progress=progress,
         )  # fmt: skip
-    held = min(held_out, max(1, len(replies) // 10))
-    return replies[:-held], replies[-held:]
+    kept = len(replies) - min(held_out, max(1, len(replies) // 10))
+    return replies[:kept], replies[kept:]
 
 
 def training_facts(

@@ -123,6 +123,37 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         trained(base, tmp_path, PromptRecipe(**{**vars(RECIPE), "learning_rate": 1.0}))
 
 
+@pytest.mark.parametrize("other", ["base", "prompts", "start"])
+def test_a_checkpoint_of_another_beginning_is_refused(tmp_path, other):
+    base = tiny(dtype=torch.float32)
+    trained(base, tmp_path)
+    mine, start = replies(tiny(dtype=torch.float32, seed=1) if other == "base" else base), None
+    if other == "prompts":
+        mine = mine[1:]
+    if other == "start":
+        start = torch.zeros(2, 2, 32)
+    with pytest.raises(ValueError, match="another base, other prompts or another start"):
+        train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path, start)
+
+
+def test_replies_of_a_fine_tune_are_not_those_of_its_base(tmp_path):
+    base, tuned = tiny(), tiny()
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(-1.5)
+    ids = [prompt()[0].tolist()]
+    mine, theirs = (own_replies(model, ids, tmp_path, max_new_tokens=12)[0] for model in (base, tuned))
+    whole = tuned.generate(prompt(), attention_mask=torch.ones(1, 12), max_new_tokens=12, do_sample=False)
+    assert theirs.ids == whole[0].tolist()
+    assert theirs.reply != mine.reply
+
+
+def test_without_a_held_out_reply_that_tells_accuracies_nothing_is_trained(tmp_path):
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(ValueError, match="none of 1 replies is longer"):
+        train_prompt_tokens(base, replies(base), [Reply([1, 2], [3])], RECIPE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_training_lowers_the_loss(tmp_path):
     base = tiny(dtype=torch.float32)
     mine = replies(base)

@@ -139,7 +139,7 @@ def train_head(
                 taught: Taught = module(lessons, recipe.unrolled, recipe.decay)
             return taught
 
-        student = run(student, recipe, checkpoints, step)
+        student = run(student, recipe, checkpoints, mine, step)
         accuracy = evaluate(student, course, held_out)
     dtype = base.dtype if base.dtype in HALVES else torch.float32
     trained = {name: weight.detach().cpu().to(dtype) for name, weight in student.network.state_dict().items()}

@@ -108,7 +108,7 @@ def train_heads(
             return taught
 
         blocks = Blocks(recipe.heads, recipe.layers, output.weight.shape[1]).to(base.device)
-        blocks = run(blocks, recipe, checkpoints, step)
+        blocks = run(blocks, recipe, checkpoints, mine, step)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in blocks.parameters()):
             raise ValueError(f"training diverged at a learning rate of {recipe.learning_rate}: take a smaller one")
         heads = Heads(
