@@ -52,10 +52,11 @@ class Picker:
 
     def _pick(self, logits: Tensor, ids: Tensor) -> int:
         # A copy: processors may write in place, and the forward's logits must not be kept alive.
-        raw = logits.to(copy=True, dtype=torch.float32)
+        # Where the prompt is, as in `generate`: there the processors are, and there the draws are made.
+        raw = logits.to(ids.device, torch.float32, copy=True)
         scores: Any = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, raw))
         if self.keep:
-            self.logits.append(logits.to(copy=True, dtype=torch.float32))
+            self.logits.append(logits.to(ids.device, torch.float32, copy=True))
             self.scores.append(scores)
         if not self.do_sample:
             return int(scores.argmax(-1))

@@ -20,11 +20,12 @@ TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 def refuse_cache(cache: object) -> None:
     """Raise `ValueError` unless every layer of `cache` can lose rows from its middle."""
     advice = "leave cache_implementation and past_key_values unset, or pass a DynamicCache(config=model.config)"
+    keeps = "where they are unset it is the model that keeps such a state, and no composition is possible"
     if not isinstance(cache, Cache):
         raise ValueError(f"a tree needs a KV cache, got {type(cache).__name__}: {advice}")
     for layer in cache.layers:
         if type(layer) not in TREE_LAYERS:
-            raise ValueError(f"{type(layer).__name__} cannot take a candidate tree: {advice}")
+            raise ValueError(f"{type(layer).__name__} cannot take a candidate tree: {advice}; {keeps}")
     if getattr(cache, "offloading", False):
         raise ValueError(f"an offloaded KV cache cannot take a candidate tree: {advice}")
     if isinstance(cache, DynamicCache) and not cache.layers:

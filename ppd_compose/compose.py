@@ -58,9 +58,12 @@ def compose(
 
     Raises:
         TypeError: `base` is no transformers model, or an object implements no or an unknown hook.
-        ValueError: the base cannot verify a candidate tree, a drafter was made for another base, weights cannot be
-            packed where the base is, or the calibration is that of other drafters.
+        OSError: a drafter or the calibration is given by name, folder or file, and cannot be read or found.
+        ValueError: the base is a composition already or cannot verify a candidate tree, a drafter was made for another
+            base, weights cannot be packed where the base is, or the calibration is that of other drafters.
     """
+    if isinstance(base, Composed):
+        raise ValueError("the base is a composition already: compose its own base, with all drafters at once")
     refuse_base(base)
     refuse_attention(base)
     watch = Watch() if budget is None else None

@@ -49,10 +49,11 @@ class Drafting:
                 for rows in append(step=step, tree=tree):
                     appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
         with self.stats.stage("fit"):
-            # A row deeper than the room left can never be used, and may lie beyond the model's last position.
+            # A row deeper than the room left can never be used, and may lie beyond the model's last position. Behind
+            # that position the root goes on alone, as in plain decoding.
             blocks: Sequence[Appended] = list(appended.values())
             if step.room <= step.budget.max_rows:
-                tree, blocks = shallow(tree, blocks, step.room - 1)
+                tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
             tree, cut = self.hook.fit(step=step, tree=tree, appended=blocks)
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
 

@@ -60,9 +60,10 @@ class Composed:
 
         Raises:
             ValueError: something that a candidate tree cannot honour, before any forward, and what to use instead.
+            MalformedDraft: a drafter returned what is no candidate tree; what was generated until then is lost.
         """
         try:
-            refuse_arguments(kwargs)
+            refuse_arguments(kwargs, generation_config)
             return super().generate(  # type: ignore[misc,no-any-return]
                 inputs,
                 generation_config,
@@ -167,7 +168,7 @@ def _request(
         streamer=streamer,
         chunk=config.prefill_chunk_size,
         budget=model.budget,
-        room=room(model, input_ids, len(visible), config),
+        room=room(model, input_ids, int(visible.sum()), config),
     )
 
 
@@ -183,13 +184,17 @@ def visible_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: d
     return torch.ones(getattr(config, "_mask_length", input_ids.shape[1]), dtype=torch.bool)
 
 
-def room(model: PreTrainedModel, input_ids: Tensor, columns: int, config: GenerationConfig) -> int:
-    """Tokens that may be generated: up to `max_length`, and to the last position that the model has."""
+def room(model: PreTrainedModel, input_ids: Tensor, tokens: int, config: GenerationConfig) -> int:
+    """How many tokens may be drafted for: up to `max_length`, and to the last position that the model has.
+
+    Args:
+        tokens: those that are there, padding left out.
+    """
     limits = [] if config.max_length is None else [config.max_length - input_ids.shape[1]]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
-        limits.append(positions - columns + 1)
-    return min(limits) if limits else columns + 2**31
+        limits.append(positions - tokens + 1)
+    return min(limits) if limits else tokens + 2**31
 
 
 def _output(sequences: Tensor, picker: Picker, request: Request, config: GenerationConfig) -> GenerateDecoderOnlyOutput:

@@ -30,12 +30,17 @@ FORWARDS = 3  # another number where this project's forwards come to take otherw
 
 
 def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:
-    """Load the budget of `model` on this device, or measure and keep it, `again` even where there is one."""
+    """Load the budget of `model` on this device, or measure and keep it, `again` even where there is one.
+
+    A file that cannot be read is measured anew; where nothing can be kept, the budget lasts as long as the model.
+    """
     path = _path(model)
     if path.exists() and not again:
-        return Budget.load(path)
+        with suppress(OSError, ValueError):
+            return Budget.load(path)
     budget = Budget.measure(model)
-    budget.save(path)
+    with suppress(OSError):
+        budget.save(path)
     return budget
 
 

@@ -24,7 +24,8 @@ class Plugins:
     """The drafters and other plugins of one composed model.
 
     Raises:
-        TypeError: an object without a single hook, a misspelt hook, or a hook with an argument that it does not get.
+        TypeError: an object without a single hook, a misspelt hook, a hook with an argument that it does not get, or an
+            object that cannot be hashed.
     """
 
     def __init__(self, drafters: Sequence[Any], others: Sequence[Any]) -> None:
@@ -81,6 +82,8 @@ class Plugins:
         if isinstance(plugin, type):
             raise TypeError(f"{plugin.__name__} is a class: pass an instance of it")
         name = name_of(plugin)
+        if type(plugin).__hash__ is None:
+            raise TypeError(f"{name!r} cannot be a key of step.memory: make it a @dataclass(eq=False)")
         if self.manager.has_plugin(name) and self.manager.get_plugin(name) is not plugin:
             raise ValueError(f"two plugins are named {name!r}: set the `name` of one of them to something else")
         try:

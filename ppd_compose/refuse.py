@@ -37,6 +37,7 @@ def refuse_base(base: object) -> None:
         raise ValueError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can verify a tree")
     if getattr(base.config.get_text_config(), "alibi", False):
         raise ValueError(f"{type(base).__name__} uses ALiBi, which takes no tree mask: no composition is possible")
+    _refuse_layers(base)
     if missing := sorted(NEEDED - set(inspect.signature(base.forward).parameters)):
         raise ValueError(
             f"{type(base).__name__}.forward takes no {', '.join(missing)}, which say where the nodes of a tree stand "
@@ -44,8 +45,23 @@ def refuse_base(base: object) -> None:
         )
 
 
-def refuse_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` for keyword arguments of `generate` that have no meaning for a candidate tree."""
+def _refuse_layers(base: PreTrainedModel) -> None:
+    text = base.config.get_text_config()
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ValueError(
+            f"{type(base).__name__} attends within chunks of the text, which a tree may straddle: no composition is "
+            "possible"
+        )
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"{type(base).__name__} embeds every token once more for each layer, which rows with embeddings of their "
+            "own lack: no composition is possible"
+        )
+
+
+def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig | None) -> None:
+    """Raise `ValueError` for keyword arguments of `generate`, or a `config` among them, that have no meaning for a
+    candidate tree."""
     if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
         raise ValueError("a composed model drafts itself: pass the other drafter to compose() instead")
     if kwargs.get("custom_generate") is not None:
@@ -54,6 +70,8 @@ def refuse_arguments(kwargs: dict[str, Any]) -> None:
         raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
     if kwargs.get("position_ids") is not None:
         raise ValueError("position_ids follow from attention_mask here: pass that instead")
+    if kwargs.get("token_healing") or getattr(config, "token_healing", False):
+        raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
     if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
         raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")
     if kwargs.get("cache_implementation") == "paged":
@@ -109,9 +127,24 @@ def _refuse_input(
             f"past_key_values holds {cached} tokens, the prompt {input_ids.shape[1]}: pass the whole sequence with at "
             "least one token that is not cached, or the new tokens with an attention_mask for the whole sequence"
         )
+    mask: Any = model_kwargs.get("attention_mask")
+    tokens = cached + new if mask is None else int(mask[0].sum())
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and cached + new > positions:
-        raise ValueError(f"the prompt has {cached + new} tokens, {type(model).__name__} takes {positions}: shorten it")
+    if positions is not None and tokens > positions:
+        raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
+    _refuse_long_rope(model, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
+
+
+def _refuse_long_rope(model: PreTrainedModel, tokens: int, longest: int) -> None:
+    """Where a text of `tokens` may grow past the length up to which the model turns its keys by other factors."""
+    told: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for rope in [told] if "rope_type" in told else [rope for rope in told.values() if isinstance(rope, dict)]:
+        before = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and before is not None and tokens <= before < longest - 1:
+            raise ValueError(
+                f"{type(model).__name__} changes its rotary factors behind {before} tokens, which makes all that is "
+                f"cached wrong; prompt and answer may reach {longest}: lower max_new_tokens, or {BASE}"
+            )
 
 
 def _lengths(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import copy
 import string
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -139,6 +140,7 @@ REFUSALS = [
     ({"custom_generate": "someone/something"}, "custom_generate"),
     ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
     ({"position_ids": torch.arange(12)[None]}, "attention_mask"),
+    ({"token_healing": True}, "heal_tokens"),
     ({"top_kk": 3}, "top_kk"),
 ]
 
@@ -178,6 +180,15 @@ def test_bases_that_cannot_verify_a_tree_are_refused():
         compose(mamba)
     with pytest.raises(TypeError, match="transformers model"):
         compose(torch.nn.Linear(2, 2))
+    chunked, embedded = tiny(), tiny()
+    chunked.config.layer_types = ["chunked_attention", "full_attention", "chunked_attention"]
+    with pytest.raises(ValueError, match="attends within chunks"):
+        compose(chunked)
+    embedded.config.hidden_size_per_layer_input = 8
+    with pytest.raises(ValueError, match="once more for each layer"):
+        compose(embedded)
+    with pytest.raises(ValueError, match="a composition already: compose its own base"):
+        compose(compose(tiny(), budget=4), "lookup")
     flash = tiny()
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
@@ -200,6 +211,35 @@ def test_the_budget_is_measured_once_and_kept(tmp_path, monkeypatch):
     again = compose(base, prompt_tokens())
     again.generate(prompt(), max_new_tokens=3, do_sample=False)
     assert again.budget == model.budget
+
+
+@pytest.mark.parametrize("fault", ["unwritable", "damaged"])
+def test_a_cache_that_cannot_keep_the_budget_does_not_keep_from_decoding(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    base = tiny()
+    expected = base.generate(prompt(), max_new_tokens=3, do_sample=False)
+    if fault == "unwritable":
+        monkeypatch.setattr(Budget, "save", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    else:
+        compose(base, prompt_tokens()).generate(prompt(), max_new_tokens=3, do_sample=False)
+        (file,) = (tmp_path / "budgets").iterdir()
+        file.write_text("{oops")
+    model = compose(base, prompt_tokens())
+    assert torch.equal(model.generate(prompt(), max_new_tokens=3, do_sample=False), expected)
+    assert model.budget is not None
+
+
+def test_a_drafter_that_cannot_be_a_key_is_refused():
+    @dataclass
+    class Equal:
+        name: str = "equal"
+
+        @hookimpl
+        def propose(self, step):
+            return None
+
+    with pytest.raises(TypeError, match=r"'equal' cannot be a key of step.memory.*eq=False"):
+        compose(tiny(), Equal())
 
 
 def test_prompt_tokens_for_another_base_name_both():
