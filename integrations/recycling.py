@@ -54,6 +54,8 @@ class TokenRecycling:
     @hookimpl
     def start(self, step: Step) -> None:
         """Make room for the vocabulary, and take up which token follows which in the prompt."""
+        if len(self.tokens) > step.vocab_size:  # of another base
+            self.reset()
         if len(self.tokens) < step.vocab_size:
             more = step.vocab_size - len(self.tokens)
             self.tokens = np.concatenate([self.tokens, np.zeros((more, self.width), np.int64)])
@@ -91,11 +93,11 @@ class TokenRecycling:
     def _judge(self, tokens: Ints, following: list[int]) -> None:
         self.hits *= FORGET
         self.guesses *= FORGET
-        for token, right in zip(tokens.tolist(), following, strict=True):
-            bins = np.digitize(self.chances[token], EDGES)
-            known = self.chances[token] > 0
-            np.add.at(self.guesses, bins[known], 1.0)
-            np.add.at(self.hits, bins[known & (self.tokens[token] == right)], 1.0)
+        chances = self.chances[tokens]
+        bins, known = np.digitize(chances, EDGES), chances > 0
+        right = known & (self.tokens[tokens] == np.asarray(following)[:, None])
+        self.guesses += np.bincount(bins[known], minlength=len(self.guesses))
+        self.hits += np.bincount(bins[right], minlength=len(self.hits))
 
     def _grown(self, tree: TokenTree, size: int) -> TokenTree | None:
         """`tree` and, below its nodes, the likeliest `size` successors of successors; None when there are none."""

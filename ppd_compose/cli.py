@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .drafters import load_drafter
@@ -73,7 +74,7 @@ def main() -> None:
         error.show()
         code = MISTYPED
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        console.print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
+        console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
         code = 1
     if code == INTERRUPTED:
         console.print("[yellow]interrupted[/]")
@@ -99,7 +100,7 @@ def demo(
     from .demo import demo as show
 
     loaded = load_base(base, dtype)
-    console.print(f"[dim]base: {loaded.origin}[/]", highlight=False)
+    console.print(f"[dim]base: {escape(loaded.origin)}[/]", highlight=False)
     out, way = Console(highlight=False), {"packed": packed and can_pack(loaded.model), "compile": compile}
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
 
@@ -178,7 +179,7 @@ def bench(
     asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
 
     def contenders() -> dict[str, Any]:
-        listings = {listing: drafters_of(listing) for listing in drafters or ["ppd"]}
+        listings = {listing: partial(drafters_of, listing) for listing in drafters or ["ppd"]}
         made = bench_job.composed(loaded, listings, ways or ["eager"], rows)
         return made | bench_job.plain(loaded, generate_with or [])
 

@@ -64,7 +64,7 @@ def demo(
     ids = torch.tensor([encode(loaded.tokenizer, question)], device=loaded.model.device)
     painter = Painter(loaded.tokenizer, console, ids.shape[1])
     model = compose(loaded.model, *drafters, plugins=[painter], **way)
-    console.print(f"[bold]{question}[/]\n")
+    console.print(Text(question, style="bold"), "\n")
     compose(loaded.model, *drafters, **way).warmup()
     _timed(loaded.model, ids, 8)
     fast, fast_seconds = _timed(model, ids, max_new_tokens)

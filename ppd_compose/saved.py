@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
@@ -40,7 +41,7 @@ def save_composition(model: Any, folder: str | Path) -> None:
     target, drafters = Path(folder), model.plugins.drafters
     kinds = {name: _kind(name, drafter) for name, drafter in drafters.items()}
     before = _parts_of(target)
-    parts = [_saved(name, drafter, kinds[name], target) for name, drafter in drafters.items()]
+    parts = _all_saved(drafters, kinds, target)
     given = model.watch is None and model.budget is not None  # a measured one is that of this machine
     told = {
         "format_version": FORMAT,
@@ -82,6 +83,20 @@ def _kind(name: str, drafter: Any) -> str:
     if not is_name(name):
         raise ValueError(f"drafter {name!r} needs a name that can be a folder's: set its `name`")
     return kind
+
+
+def _all_saved(drafters: Mapping[str, Any], kinds: Mapping[str, str], folder: Path) -> list[dict[str, Any]]:
+    """What is told of every drafter; when one cannot be saved, those before it are not left behind."""
+    parts: list[dict[str, Any]] = []
+    try:
+        for name, drafter in drafters.items():
+            parts.append(_saved(name, drafter, kinds[name], folder))
+    except BaseException:
+        for part in parts:
+            if part["folder"] is not None:
+                shutil.rmtree(folder / part["folder"], ignore_errors=True)
+        raise
+    return parts
 
 
 def _saved(name: str, drafter: Any, kind: str, folder: Path) -> dict[str, Any]:

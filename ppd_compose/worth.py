@@ -90,9 +90,11 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
 
 def _alone(step: Step, tree: TokenTree) -> Bools:
     """Which nodes would not be there without each drafter `[drafters, nodes]`."""
-    gone: Bools = tree.sources == 1 << np.arange(len(step.drafters))[:, None]
-    for node, parent in enumerate(tree.parents.tolist()[1:], 1):
-        gone[:, node] |= gone[:, parent]
+    needed: list[int] = []  # by node, the bits of those without whom it or one above it would not be there
+    for source, parent in zip(tree.sources.tolist(), tree.parents.tolist(), strict=True):
+        alone = source if source & (source - 1) == 0 else 0
+        needed.append(alone | needed[parent] if parent >= 0 else alone)
+    gone: Bools = (np.asarray(needed) & 1 << np.arange(len(step.drafters))[:, None]) != 0
     return gone
 
 

@@ -195,6 +195,23 @@ def test_a_mistyped_command_is_told_without_a_traceback(monkeypatch, capsys, wor
     assert "--help" in told
 
 
+@pytest.mark.parametrize("text", ["install ppd-compose[plot]", "no folder [/x]", "shape [n, v, hidden]"])
+def test_errors_and_questions_are_told_as_they_are(place, monkeypatch, capsys, text):
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", "plugins"])
+    monkeypatch.setattr(cli, "load_drafter", lambda source: (_ for _ in ()).throw(ValueError(text)))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert text in capsys.readouterr().err
+    monkeypatch.undo()
+    words = ["demo", *options(place), "--drafters", place / "adapter", "--max-new-tokens", 8, "--question", text]
+    assert text in invoke(*words).stdout
+
+
+def test_no_held_out_prompt_is_no_option(place, tmp_path):
+    words = ["train", "ppd", "--prompts", place / "prompts.jsonl", "--out", tmp_path / "out", "--held-out", 0]
+    assert invoke(*words).exit_code == 2
+
+
 def test_ctrl_c_ends_with_130(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppd-compose", "plugins"])
     monkeypatch.setattr(cli, "load_drafter", lambda source: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -89,6 +89,17 @@ def test_lookup_trusts_matches_that_kept_their_promise():
     assert claims[0] > claims[1]
 
 
+def test_recycling_forgets_what_a_base_of_more_tokens_said():
+    drafter, large = TokenRecycling(), tiny()
+    large.resize_token_embeddings(90)
+    with torch.no_grad():
+        large.lm_head.weight[61:] += 0.5  # so that it says those
+    compose(large, drafter, budget=8).generate(prompt(), max_new_tokens=30, do_sample=False)
+    base = tiny()
+    told = compose(base, drafter, budget=8).generate(prompt(), max_new_tokens=30, do_sample=False)
+    assert torch.equal(told, base.generate(prompt(), max_new_tokens=30, do_sample=False))
+
+
 def test_recycling_keeps_what_the_model_said_and_continues_the_guesses_of_others():
     base = tiny()
     recycling = TokenRecycling(width=4)

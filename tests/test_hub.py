@@ -346,6 +346,15 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub):
     same(PromptTokens.from_pretrained("user/adapter"), adapter(1))
 
 
+def test_a_composition_that_cannot_be_saved_leaves_nothing(tmp_path):
+    unknown = PromptTokens(torch.zeros(1, 1, 32))
+    unknown.name = "unknown"
+    model = compose(tiny(), adapter(), unknown, budget=8)
+    with pytest.raises(ValueError, match="identity"):
+        model.save_composition(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_a_composition_over_another_leaves_one_of_them(tmp_path, monkeypatch):
     base = tiny()
     compose(base, "lookup", budget=8).save_composition(tmp_path)
