@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 from peers import GGUF_NAME, LONGEST, MAKERS, Files, peers, unlearnt
 from rich.console import Console
+from rich.markup import escape
 
 from ppd_compose import bench_job
 from ppd_compose.bench import Protocol, greedy, questions_from
 from ppd_compose.cli import drafters_of
 from ppd_compose.loading import load_base
 from ppd_compose.options import AllTurnsOption
+from ppd_compose.packed import can_pack
 from ppd_compose.prompts import read_prompts
 from ppd_compose.shipped import QUESTIONS
 
@@ -29,7 +31,7 @@ console = Console(stderr=True)
 def main(
     questions: Annotated[Path, typer.Option(help="JSON lines, as of Spec-Bench; ours when left out.")] = QUESTIONS,
     drafters: Annotated[list[str] | None, typer.Option(help="Joined by '+'. Repeatable.")] = None,
-    ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "packed",
+    ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'; what suits the device.")] = "",
     peer: Annotated[list[str] | None, typer.Option(help="A peer by name, or 'all'. Repeatable.")] = None,
     gguf: Annotated[Path, typer.Option(help="The base's GGUF, for llama.cpp.")] = Path(GGUF_NAME),
     assistant: Annotated[str, typer.Option(help="A smaller model, for transformers' assisted generation.")] = "",
@@ -52,6 +54,7 @@ def main(
     if int8:
         to_eight_bits(loaded.model)
     listings = drafters or ["ppd+ngram+recycling+lookup"]
+    ways = ways or ("packed" if can_pack(loaded.model) else "eager")
     others: dict[str, Any] = {}
     answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
     asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
@@ -59,14 +62,15 @@ def main(
     for name, made, reason in peers(loaded, chosen(peer), Files(gguf, assistant), bool(temperature)):
         if made is None:
             skipped[name] = reason
-            console.print(f"[yellow]skipped {name}:[/] {reason}", highlight=False)
+            console.print(f"[yellow]skipped {name}:[/] {escape(reason)}", highlight=False)
         else:
             others[name] = made
     if peer:
         asked = [question for question in asked if question.ids.shape[1] + tokens <= LONGEST]
 
     def contenders() -> dict[str, Any]:
-        made = bench_job.composed(loaded, {name: drafters_of(name) for name in listings}, ways.split("+"), None)
+        makers = {name: partial(drafters_of, name) for name in listings}
+        made = bench_job.composed(loaded, makers, ways.split("+"), None)
         return made | {name: unlearnt(peer) for name, peer in others.items()}
 
     words = [f"--drafters {listing}" for listing in listings] + [f"--peer {name!r}" for name in peer or []]

@@ -26,7 +26,7 @@ MT_BENCH = dict.fromkeys(SUBJECTS, "mt_bench")
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids `[1, length]` and the category that the answer is counted under."""
+    """Token ids `[1, length]` int64 and the category that the answer is counted under."""
 
     ids: Tensor
     category: str

@@ -30,11 +30,14 @@ WAYS: dict[str, dict[str, Any]] = {"eager": {}, "packed": {"packed": True}, "com
 
 
 def composed(
-    loaded: LoadedBase, listings: Mapping[str, Sequence[Any]], ways: Sequence[str], rows: int | None
+    loaded: LoadedBase, listings: Mapping[str, Callable[[], Sequence[Any]]], ways: Sequence[str], rows: int | None
 ) -> dict[str, Any]:
-    """Each listing composed in each of the `ways`, keys of `WAYS`, with at most `rows` rows; ready to decode."""
+    """Each listing composed in each of the `ways`, keys of `WAYS`, with at most `rows` rows; ready to decode.
+
+    A listing makes its drafters, for each way anew: one that learns would tell the next what it has seen.
+    """
     made = {
-        name if way == "eager" else f"{name} {way}": compose(loaded.model, *drafters, budget=rows, **WAYS[way])
+        name if way == "eager" else f"{name} {way}": compose(loaded.model, *drafters(), budget=rows, **WAYS[way])
         for way in ways
         for name, drafters in listings.items()
     }
@@ -98,7 +101,7 @@ def _asked(
     journal: Journal,
     progress: Progress,
 ) -> Mapping[str, Any]:
-    """Ask what is not in the `journal`, the first round's of those that are `made`; the contenders of the last round."""
+    """Ask what is not in `journal`, in the first round those that are `made`; the contenders of the last round."""
     kept, everything = sum(map(len, journal.rounds.values())), protocol.rounds * len(protocol.questions)
     task = progress.add_task("questions", total=everything, completed=kept)
     for turn in range(protocol.rounds):

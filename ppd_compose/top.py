@@ -13,7 +13,8 @@ BLOCK = 256  # entries of the vocabulary that are searched together
 
 
 def best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and tokens `[rows, width]` of the `width` best of `logits` `[rows, vocab]`, the best first.
+    """Log-probabilities, in the dtype of `logits`, and tokens, int64, `[rows, width]` of the `width` best of `logits`
+    `[rows, vocab]`, the best first.
 
     Fewer when the vocabulary is smaller. The best of each block come first and then the best of the best blocks: the
     same as one `topk` over all, which on a CPU is much slower.

@@ -31,7 +31,7 @@ class TokenTree:
 
     @classmethod
     def of(cls, tokens: ArrayLike, parents: ArrayLike, log_probs: ArrayLike) -> TokenTree:
-        """From plain lists or arrays, root first."""
+        """From plain lists or arrays `[nodes]`, root first: whole numbers, and claims of whole paths."""
         ints = np.int64
         words = np.asarray(tokens, ints)
         return cls(words, np.asarray(parents, ints), np.asarray(log_probs, float), np.zeros(words.shape, ints))
@@ -47,8 +47,8 @@ class TokenTree:
         """The `size` likeliest nodes when every depth is guessed on its own.
 
         Args:
-            tokens: `[depth][rank]`, the best first.
-            log_probs: `[depth][rank]`, the claim for each token, whatever stands before it.
+            tokens: `[depth][rank]` int64, the best first.
+            log_probs: `[depth][rank]` floats, the claim for each token, whatever stands before it.
         """
         levels = [(np.asarray([root]), np.asarray([-1]), np.zeros(1))]
         offset = 0

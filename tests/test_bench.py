@@ -5,14 +5,17 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
+from ppd_compose.integrations.recycling import TokenRecycling
 from rich.console import Console
 from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import compose
 from ppd_compose.bench import Answered, Protocol, Question, divergence, questions_from
-from ppd_compose.bench_job import bench
+from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
+from ppd_compose.packed import can_pack
 from ppd_compose.prompts import Prompt, encode
 
 
@@ -108,6 +111,14 @@ def test_what_learns_while_it_decodes_knows_no_answer_from_the_round_before():
     assert len(thrice["speedup_by_round"]) == 3
     assert thrice["tokens_per_forward"] == once["tokens_per_forward"]
     assert thrice["acceptance"] == once["acceptance"]
+
+
+def test_compositions_of_one_listing_share_no_drafter():
+    loaded = LoadedBase(tiny(dtype=torch.float32), tokenizer(), "tiny", "here")
+    ways = ["eager", "packed"] if can_pack(loaded.model) else ["eager"]
+    made = composed(loaded, {"recycling": lambda: [TokenRecycling()]}, ways, 8)
+    drafters = [model.plugins.drafters["recycling"] for model in made.values()]
+    assert len(set(drafters)) == len(ways)
 
 
 def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
