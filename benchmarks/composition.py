@@ -117,6 +117,7 @@ def decoded(base: Any, questions: Sequence[Question], tokens: int, budget: Budge
         "expected_over_found": expected / made,
         "host_ms_per_step": 1000 * host / forwards,
         "tokens_per_second": verified.tokens / (verified.seconds(budget) + host),
+        "tokens_per_second_of_forwards": verified.rate(budget),
     }
 
 

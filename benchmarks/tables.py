@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("chart", "composed", "speed", "compiled", "drafters", "pairs", "ablation", "exactness")
+NAMES = ("chart", "composed", "pairs", "speed", "drafters", "subsets", "ablation", "exactness")
 
 
 def load(name: str) -> Any:
@@ -46,10 +46,10 @@ def contenders(name: str, forwards: str) -> str:
         f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, {forwards}; generate alone "
         f"{result['base']['tokens_per_second']:.1f} tokens/s.",
         "",
-        "| contender | tokens/s | tokens per forward | expected | rows | host ms | "
+        "| contender | tokens/s | identical | tokens per forward | expected | rows | host ms | "
         + " | ".join(categories)
         + " | **all** |",
-        "|---" * (len(categories) + 7) + "|",
+        "|---" * (len(categories) + 8) + "|",
     ]
     for told in (run for run in result["runs"] if not _is_pair(run["name"])):
         speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
@@ -61,7 +61,7 @@ def contenders(name: str, forwards: str) -> str:
                 f"{told['rows_per_forward']:.1f}",
                 f"{told['host_ms_per_step']:.1f}",
             ]
-        figures = [f"{told['tokens_per_second']:.1f}", *figures]
+        figures = [f"{told['tokens_per_second']:.1f}", f"{told['identical']}/{told['questions']}", *figures]
         lines.append(f"| {told['name']} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
     return "\n".join(lines)
 
@@ -72,10 +72,13 @@ def drafters() -> str:
 
 
 def pairs() -> str:
-    """Speed-up of every pair of drafters, and of each alone, with forwards as the base does them."""
-    result = load("drafters-eager")
-    speeds = {frozenset(run["name"].split("+")): run["speedup"] for run in result["runs"]}
-    names = [run["name"] for run in result["runs"] if "+" not in run["name"] and " " not in run["name"]]
+    """Speed-up of every pair of drafters, and of each alone, with compiled forwards."""
+    speeds = {}
+    for run in load("complete")["runs"]:
+        listing, _, way = run["name"].partition(" ")
+        if way == "compiled":
+            speeds[frozenset(listing.split("+"))] = run["speedup"]
+    names = [name for drafters in speeds if len(drafters) == 1 for name in drafters]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for mine in names:
         cells = [f"{speeds[frozenset([mine, other])]:.2f}" for other in names[: names.index(mine) + 1]]
@@ -84,13 +87,12 @@ def pairs() -> str:
 
 
 def _is_pair(name: str) -> bool:
-    return " " not in name and name.count("+") == 1
+    return name.count("+") == 1
 
 
 def chart() -> str:
     """Speed-ups over eager generate, with compiled forwards and of others, as a chart that Markdown viewers draw."""
-    result = load("drafters-compiled-30")
-    ranked = sorted((run for run in result["runs"]), key=lambda run: -run["speedup"])
+    ranked = sorted((run for run in load("complete")["runs"] if not _is_pair(run["name"])), key=lambda r: -r["speedup"])
     names = ", ".join(f'"{run["name"].removesuffix(" compiled")}"' for run in ranked)
     speeds = ", ".join(f"{run['speedup']:.2f}" for run in ranked)
     return "\n".join(
@@ -107,13 +109,29 @@ def chart() -> str:
 
 
 def composed() -> str:
-    """Drafters alone and composed, with compiled forwards."""
-    return contenders("drafters-compiled-30", "compiled against eager generate")
-
-
-def compiled() -> str:
     """Drafters alone and composed, with compiled forwards, and other projects' decoders."""
-    return contenders("peers-compiled", "compiled against eager generate")
+    return contenders("complete", "compiled against eager generate")
+
+
+def subsets() -> str:
+    """The best of all sets of so many drafters, by tokens a forward of so many rows, and by seconds where rows cost."""
+    rows = (8, 16, 32, 64)
+    told = {n: load(f"subsets-{n}-rows")["variants"] for n in rows}
+    priced = load("subsets-curve")["variants"]
+    lines = [
+        "| drafters | " + " | ".join(f"{n} rows: tokens per forward" for n in rows) + " | rows that pay: tokens/s |",
+        "|---" * (len(rows) + 2) + "|",
+    ]
+    for size in range(1, 1 + max(_size(variant) for variant in priced)):
+        best = [max((v for v in told[n] if _size(v) == size), key=lambda v: v["tokens_per_forward"]) for n in rows]
+        fastest = max((variant for variant in priced if _size(variant) == size), key=_of_forwards)
+        cells = [f"{variant['tokens_per_forward']:.2f} {variant['name']}" for variant in best]
+        lines.append(f"| {size} | {' | '.join(cells)} | {_of_forwards(fastest):.1f} {fastest['name']} |")
+    return "\n".join(lines)
+
+
+def _size(variant: dict[str, Any]) -> int:
+    return 1 + str(variant["name"]).count("+")
 
 
 def ablation() -> str:
@@ -183,8 +201,8 @@ def exactness() -> str:
 def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
-        "chart": chart, "composed": composed, "speed": speed, "compiled": compiled, "drafters": drafters,
-        "pairs": pairs, "ablation": ablation, "exactness": exactness,
+        "chart": chart, "composed": composed, "pairs": pairs, "speed": speed, "drafters": drafters,
+        "subsets": subsets, "ablation": ablation, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 
