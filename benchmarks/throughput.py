@@ -24,7 +24,7 @@ from ppd_compose.packed import can_pack
 from ppd_compose.prompts import read_prompts
 from ppd_compose.shipped import QUESTIONS
 
-QUICK = {"per_category": 2, "tokens": 48, "rounds": 3}
+QUICK = {"per_category": 2, "tokens": 48, "rounds": 5}
 console = Console(stderr=True)
 
 

@@ -1,13 +1,13 @@
 """Rows and drafters are bought only where they pay, and get another chance."""
 
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
-from ppd_compose import Appended, Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose import Appended, Budget, Step, TokenTree, compose, drafting, hookimpl
 from ppd_compose.asking import TRIED, Asked
 from ppd_compose.worth import added
 
@@ -91,23 +91,32 @@ def test_a_quick_drafter_is_always_asked():
         asked.judge(seconds=0.001, gained=0.0, rate=10.0, forward=0.2)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """What drafters are timed by: it stands still but for the seconds that they say they take."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(drafting, "time", clock)
+    return clock
+
+
 class Slow:
     """Guesses what never comes, and takes its time."""
 
     name = "slow"
 
-    def __init__(self):
-        self.asked = 0
+    def __init__(self, clock):
+        self.asked, self.clock = 0, clock
 
     @hookimpl
     def propose(self, step):
         self.asked += 1
-        time.sleep(0.01)
+        self.clock.now += 0.01
         return TokenTree.chain(step.ids[-1], [0], [-1.0])
 
 
-def test_a_slow_drafter_that_adds_nothing_is_asked_seldom():
-    base, slow = tiny(), Slow()
+def test_a_slow_drafter_that_adds_nothing_is_asked_seldom(clock):
+    base, slow = tiny(), Slow(clock)
     answer = base.generate(prompt(), max_new_tokens=100, do_sample=False)
     budget = Budget((1, 64), (0,), ((0.01, 0.02),))
     model = compose(base, Oracle(answer[0].tolist(), depth=1), slow, budget=budget)
@@ -116,8 +125,8 @@ def test_a_slow_drafter_that_adds_nothing_is_asked_seldom():
 
 
 @pytest.mark.parametrize("drafter", ["oracle", "slow"])
-def test_with_rows_that_cost_nothing_everyone_is_asked(drafter):
-    base, slow = tiny(), Slow()
+def test_with_rows_that_cost_nothing_everyone_is_asked(drafter, clock):
+    base, slow = tiny(), Slow(clock)
     answer = base.generate(prompt(), max_new_tokens=20, do_sample=False)
     oracle = Oracle(answer[0].tolist())
     model = compose(base, oracle, slow, budget=16)
@@ -126,19 +135,19 @@ def test_with_rows_that_cost_nothing_everyone_is_asked(drafter):
     assert slow.asked == model.stats.forwards - 1
 
 
-def test_two_who_guess_the_same_are_not_both_put_to_rest():
+def test_two_who_guess_the_same_are_not_both_put_to_rest(clock):
     """What each adds shows when the other is not asked."""
     base, turns = tiny(), []
     answer = base.generate(prompt(), max_new_tokens=140, do_sample=False)
 
     class Knows(Slow):
         def __init__(self, name):
-            super().__init__()
+            super().__init__(clock)
             self.name = name
 
         @hookimpl
         def propose(self, step):
-            time.sleep(0.002)
+            self.clock.now += 0.002
             turns.append(self.name)
             ahead = answer[0].tolist()[len(step.ids) : len(step.ids) + 1]
             return TokenTree.chain(step.ids[-1], ahead, [-0.1] * len(ahead))
