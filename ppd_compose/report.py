@@ -57,6 +57,7 @@ def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
         "reliability": [_reliability(run) for run in runs if run.get("reliability")],
         "square": SQUARE,
         "traces": [_trace(name, told, drafters) for name, told in result.get("traces", {}).items()],
+        "shown": max(runs, key=lambda run: run["speedup"] if run["name"] in result.get("traces", {}) else 0)["name"],
     }
 
 

@@ -15,7 +15,7 @@ from ppd_compose import compose
 from ppd_compose.report import composition_gain, write_report
 from ppd_compose.trace import traced
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 CHROMIUM = shutil.which("chromium")
 
 
