@@ -26,7 +26,7 @@ from ppd_compose import TokenTree, compose, decode
 from ppd_compose.bench import Question, greedy, questions_from
 from ppd_compose.cli import drafters_of
 from ppd_compose.environment import environment
-from ppd_compose.grouped import NAME
+from ppd_compose.grouped import BORROWED
 from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
 from ppd_compose.verify import verify
@@ -120,7 +120,7 @@ class NearTies:
 @contextmanager
 def as_alone(way: str, exact: dict[nn.Linear, Any], ties: NearTies) -> Iterator[None]:
     """Verify forwards are computed `way`; prefills as ever."""
-    ours, verifying = ALL_ATTENTION_FUNCTIONS[NAME], []
+    ours, verifying = ALL_ATTENTION_FUNCTIONS[BORROWED], []
     how: Callable[..., Any] = ties if way == NEAR_TIES else verify
     plain = nn.Linear.forward
 
@@ -139,13 +139,13 @@ def as_alone(way: str, exact: dict[nn.Linear, Any], ties: NearTies) -> Iterator[
     if way in (PRODUCTS, ALL):
         nn.Linear.forward = product  # type: ignore[method-assign]
     if way == ALL:
-        AttentionInterface.register(NAME, attention)
+        AttentionInterface.register(BORROWED, attention)
     decode.verify = noted
     try:
         yield
     finally:
         decode.verify, nn.Linear.forward = verify, plain  # type: ignore[method-assign]
-        AttentionInterface.register(NAME, ours)
+        AttentionInterface.register(BORROWED, ours)
 
 
 def answered(model: Any, question: Question, tokens: int, expected: list[int], told: dict[str, float]) -> None:

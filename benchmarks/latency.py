@@ -70,7 +70,9 @@ def bytes_read(model: Any, cache: Any) -> int:
     """Of all weights that a forward multiplies with, and of `cache`."""
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = sum(weight.nbytes for weight in model.parameters()) - (0 if inputs is outputs else inputs.nbytes)
-    return weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    columns = slice(cache.get_seq_length())
+    held = [states[:, :, columns] for layer in cache.layers for states in (layer.keys, layer.values)]
+    return weights + sum(states.nbytes for states in held)
 
 
 @torch.no_grad()

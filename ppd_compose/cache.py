@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .inplace import InPlaceLayer, count, in_place
+
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -34,13 +36,15 @@ def refuse_cache(cache: object) -> None:
 
 @contextmanager
 def recording(cache: Cache) -> Iterator[None]:
-    """Let sliding layers keep rows that have left their window until `commit` says which rows stay."""
+    """Let sliding layers keep rows that have left their window until `commit` says which rows stay, and other layers be
+    written in place."""
     layers: list[Any] = list(cache.layers)
     sliding = [layer for layer in layers if layer.is_sliding]
     for layer in sliding:
         layer.activate_past_recording()
     try:
-        yield
+        with in_place(cache):
+            yield
     finally:
         for layer in sliding:
             layer.record_past = False
@@ -49,15 +53,18 @@ def recording(cache: Cache) -> Iterator[None]:
 def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     """Of the last `rows` rows keep those in `path`, in that order.
 
-    A layer's tensors were made by the forward that has just run, so they are written in place: rows move up,
-    and the layer keeps a view of what remains.
+    A layer's tensors were made by the forward that has just run, or are its own, so they are written in place: rows
+    move up, and what remains counts.
     """
     layers: list[Any] = list(cache.layers)
-    moved = [(to - rows, row - rows) for to, row in enumerate(path) if to != row]
+    moved = [(to, row) for to, row in enumerate(path) if to != row]
     dropped = rows - len(path)
-    for layer in layers if moved or dropped else ():
-        layer.keys = _kept(layer.keys, moved, dropped)
-        layer.values = _kept(layer.values, moved, dropped)
+    for layer in layers:
+        _move(layer, _held(layer) - rows, moved)
+    for layer in layers if dropped else ():
+        if not isinstance(layer, InPlaceLayer):
+            layer.keys, layer.values = _less(layer.keys, dropped), _less(layer.values, dropped)
+    count(cache, -dropped)
     for layer in layers:
         if layer.is_sliding:
             layer.cumulative_length -= dropped
@@ -66,7 +73,7 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
 
 def leave_a_gap(cache: Cache) -> None:
     """Let keys and values be views of a tensor with room for one token more, as after a commit that drops a row."""
-    layers: list[Any] = list(cache.layers)
+    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
     for layer in layers:
         layer.keys, layer.values = _with_room(layer.keys), _with_room(layer.values)
 
@@ -76,7 +83,16 @@ def _with_room(states: Tensor) -> Tensor:
     return pad(states, (0, 0, 0, 1)).narrow(-2, 0, length)
 
 
-def _kept(states: Tensor, moved: Sequence[tuple[int, int]], dropped: int) -> Tensor:
+def _held(layer: Any) -> int:
+    """Columns of `layer` that hold something."""
+    return int(layer.get_seq_length() if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2])
+
+
+def _move(layer: Any, begin: int, moved: Sequence[tuple[int, int]]) -> None:
     for to, row in moved:  # a path ascends, so a row is read before it is written over
-        states.select(-2, to).copy_(states.select(-2, row))
-    return states.narrow(-2, 0, states.shape[-2] - dropped) if dropped else states
+        for states in (layer.keys, layer.values):
+            states.select(-2, begin + to).copy_(states.select(-2, begin + row))
+
+
+def _less(states: Tensor, dropped: int) -> Tensor:
+    return states.narrow(-2, 0, states.shape[-2] - dropped)

@@ -120,8 +120,12 @@ class Decoding:
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
         """Accept a path, commit it and let everyone know."""
-        with self.stats.stage("accept"):
-            path = self.accept(tree, verified)
+        try:
+            with self.stats.stage("accept"):
+                path = self.accept(tree, verified)
+        except BaseException:  # of a streamer, a criterion or the user: the cache is to hold what was said so far
+            commit(self.request.cache, verified.rows, [])
+            raise
         with self.stats.stage("commit"):
             self.commit(tree, appended, verified, path)
         with self.stats.stage("observe"):

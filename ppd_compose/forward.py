@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
 from .grouped import group, grouped
+from .inplace import in_place_layers, lay_in_place
 from .packed import can_pack, is_packed, pack
 
 
@@ -24,17 +25,17 @@ class Forward:
     model: Any
     compiled: bool = False
 
-    @property
-    def idle(self) -> int:
-        """Rows that stand at the end of every forward and mean nothing.
+    def idle(self, rows: int, cache: Cache) -> int:
+        """Rows that stand at the end of a forward of `rows` rows and mean nothing.
 
         A compiled graph for any number of rows does not take a single one, nor keys and values that fill their memory
         without a gap; one row that is dropped after every forward sees to both.
         """
-        return int(self.compiled)
+        return int(self.compiled and (rows == 1 or len(in_place_layers(cache)) < len(cache.layers)))
 
     def lay_out(self, cache: Cache) -> None:
-        """Lay `cache` out as it is after a step, where the forward asks for that."""
+        """Lay `cache` out as it is after a step."""
+        lay_in_place(cache)
         if self.compiled:
             leave_a_gap(cache)
 

@@ -16,8 +16,9 @@ from transformers import Cache
 from transformers.utils import output_capturing
 
 from .forward import Forward
+from .inplace import count, make_room
 from .mask import layered_mask
-from .tree import Appended, TokenTree, ancestors, stacked_parents
+from .tree import Appended, Ints, TokenTree, ancestors, stacked_parents
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,20 @@ def verify(
     at the end and are seen by none.
     """
     sizes = [len(tree), *map(len, appended)]
+    idle = forward.idle(sum(sizes), cache)
+    make_room(cache, sum(sizes) + idle)
     out = forward.model(
-        **_rows(forward, tree, appended),
-        **_who_sees_whom(forward, cache, context, tree, appended),
+        **_rows(forward, tree, appended, idle),
+        **_who_sees_whom(forward, cache, context, stacked_parents(tree, appended), idle),
         past_key_values=cache,
         use_cache=True,
         return_dict=True,
         **states_wanted(layers),
         **kwargs,
     )
+    count(cache, sum(sizes) + idle)
     logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
-    return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + forward.idle)
+    return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + idle)
 
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
@@ -85,23 +89,20 @@ def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     return {layer: out.hidden_states[layer][0] for layer in layers}
 
 
-def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended]) -> dict[str, Tensor]:
+def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended], idle: int) -> dict[str, Tensor]:
     ids = torch.from_numpy(tree.tokens)[None].to(forward.model.device)
     if not appended and not forward.compiled:
         return {"input_ids": ids}
     embed = forward.model.get_input_embeddings()(ids)  # for a compiled forward always: one graph serves all
     own = [rows.embeddings[torch.from_numpy(rows.kinds).to(embed.device)].to(embed) for rows in appended]
-    idle = embed.new_zeros(1, forward.idle, embed.shape[2])
-    return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own), idle], dim=1)}
+    unseen = embed.new_zeros(1, idle, embed.shape[2])
+    return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own), unseen], dim=1)}
 
 
-def _who_sees_whom(
-    forward: Forward, cache: Cache, context: Context, tree: TokenTree, appended: Sequence[Appended]
-) -> dict[str, Any]:
+def _who_sees_whom(forward: Forward, cache: Cache, context: Context, parents: Ints, idle: int) -> dict[str, Any]:
     """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
     model = forward.model
-    parents = np.concatenate([stacked_parents(tree, appended), np.full(forward.idle, -1)])
-    see = torch.from_numpy(ancestors(parents))
+    see = torch.from_numpy(ancestors(np.concatenate([parents, np.full(idle, -1)])))
     visible = context.visible
     positions = int(visible.sum()) + see.sum(1) - 1
     places = {"position_ids": positions[None].to(model.device)}

@@ -331,6 +331,21 @@ def test_no_key_is_repeated_for_a_tree(monkeypatch):
     assert len(seen) >= 3 * (model.stats.forwards - 2)  # all but the prefill, and a bare root at the end
 
 
+def test_packed_no_key_is_repeated_for_a_single_row(monkeypatch):
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, **settings):
+        seen.append((query.shape[1], key.shape[1], settings.get("attn_mask") is not None))
+        return real(query, key, value, **settings)
+
+    monkeypatch.setattr(grouped, "scaled_dot_product_attention", noted)
+    base = tiny(dtype=torch.float32)
+    model = compose(base, packed=True, budget=8)
+    assert torch.equal(answer(model), answer(base))
+    assert set(seen) == {(2, 2, False)}
+
+
 def test_an_adapter_that_is_attached_or_switched_after_composing_is_decoded_with():
     base = tiny(dtype=torch.float32)
     model = compose(base, prompt_tokens(), budget=12)

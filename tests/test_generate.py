@@ -1,9 +1,12 @@
 """generate() as transformers means it: lengths, stops, processors, sampling, streams, dictionaries, chats, chunks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -12,7 +15,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ppd_compose import compose
+from ppd_compose import compose, inplace
 
 
 def pair(family="llama", tokens=40, **kwargs):
@@ -183,6 +186,37 @@ def test_a_chat_goes_on_from_the_returned_cache(family):
         expected = base.generate(longer, **settings)
         told = second.generate(longer, past_key_values=turn.past_key_values, **settings)
         assert torch.equal(told, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("cut_off", [None, 2, 6])
+def test_a_cache_comes_back_as_transformers_made_it(family, cut_off):
+    base, model, ids = pair(family)
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        base(ids[:, :-1], past_key_values=cache)
+    layers, held = list(cache.layers), [layer.keys for layer in cache.layers]
+    before = [keys.clone() for keys in held]
+    streamer = Recorder(fail_at=cut_off)
+    with nullcontext() if cut_off is None else pytest.raises(RuntimeError, match="cancelled"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, streamer=streamer)
+    assert all(mine is layer for mine, layer in zip(cache.layers, layers, strict=True))
+    assert all(torch.equal(keys, same) for keys, same in zip(held, before, strict=True))
+    tokens = torch.cat([torch.tensor(event).flatten() for event in streamer.events[:-1]])
+    fresh = DynamicCache(config=base.config)
+    with torch.no_grad():
+        base(tokens[None, : cache.get_seq_length()], past_key_values=fresh)
+    for mine, theirs in zip(cache.layers, fresh.layers, strict=True):
+        assert type(mine) is type(theirs)
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("room", [1, 8, 64])
+def test_memory_for_keys_and_values_grows_with_the_answer(room, monkeypatch):
+    monkeypatch.setattr(inplace, "ROOM", room)
+    base, model, ids = pair(tokens=100)
+    same(base, model, ids, max_new_tokens=100, do_sample=False)
 
 
 def test_only_the_new_tokens_of_a_chat():
