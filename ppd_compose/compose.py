@@ -49,7 +49,8 @@ def compose(
             up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. Weights
             that are written later by way of `.data` are not seen.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
-            minutes, or a good part of one when compiled before on this machine; see `warmup`.
+            minutes, or a good part of one when compiled before on this machine; see `warmup`. Modules that are
+            replaced or set otherwise in the midst of a generation are seen at the next one.
         calibration: how far the drafters' claims can be believed: a file that `save_calibration` of a composition of
             the same drafters wrote, or what it holds. Learnt anew while decoding when None.
 

@@ -9,10 +9,10 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
+from .compiled import compiled
 from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place
 from .packed import can_pack, is_packed, pack
@@ -59,16 +59,16 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Fo
         pack(model)
     if not compile:
         return Forward(model)
-    twin: Any = object.__new__(type(base))  # of the base's class, so that all compositions of it share what is compiled
+    twin: Any = object.__new__(type(base))
     twin.__dict__.update(vars(model))
-    # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake.
-    twin.forward = torch.compile(twin.forward, dynamic=True, options={"emulate_precision_casts": True})
     return Forward(twin, compiled=True)
 
 
 def forward_of(model: Any) -> Forward:
     """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does."""
     forward: Forward = vars(model).get("forwards") or Forward(model)
+    if forward.compiled:
+        vars(forward.model)["forward"] = compiled(forward.model)
     return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
 
 

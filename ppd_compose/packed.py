@@ -158,7 +158,8 @@ def _product(rows: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
 
 def _linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     pack = _packed((*weights, *biases), len(weights))
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, pack.packed, pack.bias, "none", [], "")
+    # By its overload, which takes torch as long to find as the packed weights take us.
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, pack.packed, pack.bias, "none", [], "")
     return out
 
 

@@ -66,12 +66,10 @@ class Stats:
         self.tokens += len(step.path)
         self.expected += float(np.exp(tree.log_probs).sum())
         self.rows += step.rows
-        depths = row_depths(tree.parents)
-        for bit, name in enumerate(self.drafters):
-            mine = (tree.sources >> bit) & 1 == 1
-            by_depth = np.bincount(depths[mine]).tolist()
-            self.candidates[name].update({depth: count for depth, count in enumerate(by_depth) if count})
-            self.accepted[name].update(depths[[node for node in step.path if mine[node]]].tolist())
+        depths, sources = row_depths(tree.parents).tolist(), tree.sources.tolist()
+        for counts, nodes in ((self.candidates, range(len(tree))), (self.accepted, step.path)):
+            for bit, name in enumerate(self.drafters):
+                counts[name].update([depths[node] for node in nodes if sources[node] >> bit & 1])
         chances, right = judged(tree, step.path, step.ids[-len(step.path) :])
         for chance, came_true in zip(chances.tolist(), right.tolist(), strict=True):
             tenth = self.claims[min(int(TENTHS * chance), TENTHS - 1)]

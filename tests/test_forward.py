@@ -250,6 +250,26 @@ def test_a_compiled_forward_gives_the_tokens_of_the_base(dtype):
 
 
 @needs_compiler
+def test_models_of_a_class_that_are_built_otherwise_share_no_graph():
+    for change in ({}, {"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
+        base = tiny(dtype=torch.float32, **change)
+        assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base)), change
+
+
+@needs_compiler
+def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call():
+    base, changed = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    for each in (model, changed):
+        each.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+        each.model.norm.variance_epsilon = 0.5
+        each.lm_head.weight = torch.nn.Parameter(each.lm_head.weight.flip(0))
+    assert not torch.equal(answer(changed), answer(base))
+    assert torch.equal(answer(model), answer(changed))
+
+
+@needs_compiler
 def test_a_compiled_forward_keeps_to_sliding_windows():
     base = tiny("gemma3", dtype=torch.float64)
     model = compose(base, prompt_tokens(), budget=12, compile=True)

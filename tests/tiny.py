@@ -43,10 +43,12 @@ CLASSES = {"GPT2": "GPT2LMHeadModel"}
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
-def tiny(family: str = "llama", *, seed: int = 0, dtype=torch.float64, attention: str = "sdpa", eos=None):
+def tiny(family: str = "llama", *, seed: int = 0, dtype=torch.float64, attention: str = "sdpa", eos=None, **more):
     """A random model of `family`; with `initializer_range` 0.4 its continuations vary."""
     name, settings = FAMILIES[family]
-    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**settings, attn_implementation=attention)
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(
+        **settings, **more, attn_implementation=attention
+    )
     torch.manual_seed(seed)
     model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval().to(dtype)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=eos, bos_token_id=1)
