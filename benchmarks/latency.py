@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache
 from ppd_compose import TokenTree, compose
 from ppd_compose.bench_job import WAYS
 from ppd_compose.budget import wait
+from ppd_compose.cache import with_cache
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
 from ppd_compose.loading import DTYPES
@@ -36,7 +37,7 @@ def filled(model: Any, context: int) -> Cache:
     """A cache of `context` tokens of no meaning, as it is after a step."""
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % 400 + 5
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1)
     forward_of(model).lay_out(cache)
     return cache
 

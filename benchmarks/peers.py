@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
 from ppd_compose.bench import WithSettings, greedy
+from ppd_compose.cache import GENERATE_NAME
 from ppd_compose.demo_base import GGUF, WHEEL
 from ppd_compose.identity import Identity
 from ppd_compose.loading import LoadedBase, load_base
@@ -63,7 +64,7 @@ class Static:
     def generate(self, ids: Tensor, **settings: Any) -> Any:
         """As the model's own, with one size of cache for all prompts: another would be compiled anew."""
         cache = StaticCache(config=self.model.config, max_cache_len=LONGEST)
-        return self.model.generate(ids, past_key_values=cache, compile_config=self.compiled, **settings)
+        return self.model.generate(ids, **{GENERATE_NAME: cache}, compile_config=self.compiled, **settings)
 
 
 def economize_lookup(loaded: LoadedBase) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .cache import with_cache
 from .forward import forward_of
 from .storage import write_text
 from .tree import Floats, TokenTree
@@ -141,7 +142,7 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     """A cache of `context` tokens of no meaning."""
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **with_cache(model, cache))
     forward_of(model).lay_out(cache)
     return cache
 

@@ -5,7 +5,9 @@ Knows cache layers. Works on their `keys` and `values`, never with `crop(n)`, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +15,33 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .inplace import InPlaceLayer, count, in_place
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+NAME, OLD_NAME = "cache", "past_key_values"  # of the KV cache, from transformers 5.24 on and before
+GENERATE_NAME = NAME if NAME in inspect.signature(GenerateDecoderOnlyOutput).parameters else OLD_NAME
+
+
+def cache_name(model: object) -> str:
+    """The keyword by which the forward of `model` takes the KV cache: code beside a checkpoint may keep the old one."""
+    return _cache_name(type(model).forward)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return NAME if NAME in inspect.signature(forward).parameters else OLD_NAME
+
+
+def with_cache(model: object, cache: Cache) -> dict[str, Any]:
+    """Keyword arguments of a forward of `model` that reads `cache` and adds to it."""
+    return {cache_name(model): cache, "use_cache": True}
 
 
 def refuse_cache(cache: object) -> None:
     """Raise `ValueError` unless every layer of `cache` can lose rows from its middle."""
-    advice = "leave cache_implementation and past_key_values unset, or pass a DynamicCache(config=model.config)"
+    advice = f"leave cache_implementation and {GENERATE_NAME} unset, or pass a DynamicCache(config=model.config)"
     keeps = "where they are unset it is the model that keeps such a state, and no composition is possible"
     if not isinstance(cache, Cache):
         raise ValueError(f"a tree needs a KV cache, got {type(cache).__name__}: {advice}")

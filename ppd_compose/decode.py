@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
 from .budget import Budget, wait
-from .cache import commit, recording
+from .cache import commit, recording, with_cache
 from .drafting import Drafting
 from .forward import forward_of
 from .plugins import Plugins
@@ -92,8 +92,7 @@ class Decoding:
                 input_ids=chunk,
                 attention_mask=None if bool(seen.all()) else seen[None].long().to(self.model.device),
                 position_ids=positions[:, start:end],
-                past_key_values=request.cache,
-                use_cache=True,
+                **with_cache(self.model, request.cache),
                 return_dict=True,
                 **states_wanted(self.layers),
                 **self.kwargs,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .cache import with_cache
 from .loop import Taught
 from .mask import attention_mask
 
@@ -77,7 +77,7 @@ def _context(base: PreTrainedModel, ids: Tensor, at: Tensor) -> tuple[DynamicCac
     """
     keep, where = at.unique(return_inverse=True)
     cache = DynamicCache(config=base.config)
-    logits = base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    logits = base(input_ids=ids, **with_cache(base, cache), logits_to_keep=keep).logits
     sequence = torch.arange(len(ids), device=ids.device)[:, None, None].expand_as(at)
     return cache, logits[sequence, where]
 
@@ -88,12 +88,11 @@ def _prompt_log_probs(base: PreTrainedModel, cache: DynamicCache, embeddings: Te
     see = insertion_mask(batch.points, batch.ids.shape[1], n, v)
     positions = batch.points.clamp(min=0)[..., None, None] + 1 + torch.arange(n, device=see.device)[:, None]
     rows = embeddings.to(base.dtype).expand(size, count, n, v, hidden).reshape(size, -1, hidden)
-    extra: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     logits = base(
         inputs_embeds=rows,
         attention_mask=attention_mask(base, see[:, None]),
         position_ids=positions.expand(size, count, n, v).reshape(size, -1),
-        **extra,
+        **with_cache(base, cache),
     ).logits
     each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
     return each.logsumexp(3) - math.log(v)

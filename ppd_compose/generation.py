@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .accept import Picker
 from .budget import Budget
+from .cache import GENERATE_NAME
 from .decode import Decoding, Request
 from .evidence import Evidence
 from .forward import Forward
@@ -157,7 +158,7 @@ def _request(
     elif model.watch is not None:
         model.budget = model.watch.kept_true(model, model.budget)
     visible = visible_columns(input_ids, config, model_kwargs)
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[GENERATE_NAME]
     return Request(
         ids=input_ids,
         cache=cache,
@@ -202,5 +203,5 @@ def _output(sequences: Tensor, picker: Picker, request: Request, config: Generat
         sequences=cast(torch.LongTensor, sequences),
         scores=cast(Any, tuple(picker.scores)) if config.output_scores else None,
         logits=cast(Any, tuple(picker.logits)) if config.output_logits else None,
-        past_key_values=request.cache,
+        **cast(Any, {GENERATE_NAME: request.cache}),
     )

@@ -16,11 +16,11 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .cache import refuse_cache
+from .cache import GENERATE_NAME, cache_name, refuse_cache
 
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-NEEDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+PREPARED = {"attention_mask", "position_ids", GENERATE_NAME, "use_cache", "logits_to_keep"}
+NEEDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 BASE = "use the base model's own generate for it"
 
 
@@ -38,7 +38,7 @@ def refuse_base(base: object) -> None:
     if getattr(base.config.get_text_config(), "alibi", False):
         raise ValueError(f"{type(base).__name__} uses ALiBi, which takes no tree mask: no composition is possible")
     _refuse_layers(base)
-    if missing := sorted(NEEDED - set(inspect.signature(base.forward).parameters)):
+    if missing := sorted({*NEEDED, cache_name(base)} - set(inspect.signature(base.forward).parameters)):
         raise ValueError(
             f"{type(base).__name__}.forward takes no {', '.join(missing)}, which say where the nodes of a tree stand "
             "and what they see: no composition is possible"
@@ -92,7 +92,7 @@ def refuse_request(
     if config.use_cache is False:
         raise ValueError(f"use_cache=False leaves nothing to verify a tree against: leave it unset, or {BASE}")
     _refuse_input(model, input_ids, config, model_kwargs)
-    refuse_cache(model_kwargs.get("past_key_values"))
+    refuse_cache(model_kwargs.get(GENERATE_NAME))
     for processor in processors:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise ValueError(f"{type(processor).__name__} keeps state from token to token: {BASE}")
@@ -124,7 +124,7 @@ def _refuse_input(
     cached, new = _lengths(input_ids, config, model_kwargs)
     if not 0 < new <= input_ids.shape[1]:
         raise ValueError(
-            f"past_key_values holds {cached} tokens, the prompt {input_ids.shape[1]}: pass the whole sequence with at "
+            f"{GENERATE_NAME} holds {cached} tokens, the prompt {input_ids.shape[1]}: pass the whole sequence with at "
             "least one token that is not cached, or the new tokens with an attention_mask for the whole sequence"
         )
     mask: Any = model_kwargs.get("attention_mask")
@@ -149,7 +149,7 @@ def _refuse_long_rope(model: PreTrainedModel, tokens: int, longest: int) -> None
 
 def _lengths(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[int, int]:
     mask: Any = model_kwargs.get("attention_mask")
-    cache: Any = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get(GENERATE_NAME)
     whole = getattr(config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
     cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     return cached, whole - cached

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import output_capturing
 
+from .cache import with_cache
 from .forward import Forward
 from .inplace import count, make_room
 from .mask import layered_mask
@@ -66,8 +67,7 @@ def verify(
     out = forward.model(
         **_rows(forward, tree, appended, idle),
         **_who_sees_whom(forward, cache, context, stacked_parents(tree, appended), idle),
-        past_key_values=cache,
-        use_cache=True,
+        **with_cache(forward.model, cache),
         return_dict=True,
         **states_wanted(layers),
         **kwargs,

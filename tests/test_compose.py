@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import Oracle, prompt, prompt_tokens, tiny
+from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ppd_compose import Budget, PromptTokens, compose, hookimpl
+from ppd_compose.cache import GENERATE_NAME
 
 
 def tokenizer():
@@ -164,8 +165,8 @@ def test_batches_empty_prompts_and_prompts_too_long_are_refused():
     with pytest.raises(ValueError, match="161 tokens, LlamaForCausalLM takes 160"):
         model.generate(prompt(161), max_new_tokens=5)
     cached = model.generate(prompt(), max_new_tokens=5, return_dict_in_generate=True, do_sample=False)
-    with pytest.raises(ValueError, match="past_key_values holds 16 tokens"):
-        model.generate(cached.sequences[:, :10], past_key_values=cached.past_key_values, max_new_tokens=5)
+    with pytest.raises(ValueError, match=f"{GENERATE_NAME} holds 16 tokens"):
+        model.generate(cached.sequences[:, :10], **continuing(cached), max_new_tokens=5)
 
 
 def test_bases_that_cannot_verify_a_tree_are_refused():
@@ -176,7 +177,7 @@ def test_bases_that_cannot_verify_a_tree_are_refused():
     with pytest.raises(ValueError, match="encoder-decoder"):
         compose(T5ForConditionalGeneration(t5))
     mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="past_key_values, position_ids"):
+    with pytest.raises(ValueError, match="position_ids, which say where"):
         compose(mamba)
     with pytest.raises(TypeError, match="transformers model"):
         compose(torch.nn.Linear(2, 2))

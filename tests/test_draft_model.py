@@ -15,7 +15,7 @@ from ppd_compose.integrations.draft_model.train import ParallelDraft, PardRecipe
 from safetensors.torch import load_file
 from test_compose import tokenizer
 from test_train import replies
-from tiny import VOCAB, prompt, prompt_tokens, tiny
+from tiny import VOCAB, continuing, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -271,12 +271,12 @@ def test_a_chat_goes_on_and_a_prompt_comes_in_chunks(family):
     turn = model.generate(prompt(), max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
     longer = torch.cat([turn.sequences, prompt(6, seed=3)], dim=1)
     expected = answer(base, longer, 20)
-    assert torch.equal(answer(model, longer, 20, past_key_values=turn.past_key_values), expected)
+    assert torch.equal(answer(model, longer, 20, **continuing(turn)), expected)
     assert torch.equal(answer(model, longer, 20, prefill_chunk_size=5), expected)
     fresh = torch.cat([turn.sequences[:, -1:], prompt(6, seed=3)], dim=1)
     turn = base.generate(prompt(), max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
     told = model.generate(
-        fresh, attention_mask=torch.ones_like(longer), past_key_values=turn.past_key_values, max_new_tokens=20,
+        fresh, attention_mask=torch.ones_like(longer), **continuing(turn), max_new_tokens=20,
         do_sample=False,
     )  # fmt: skip
     assert torch.equal(told[:, fresh.shape[1] :], expected[:, longer.shape[1] :])

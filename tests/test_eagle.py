@@ -17,7 +17,7 @@ from ppd_compose.integrations.eagle.levels import LevelPrice, Levels
 from ppd_compose.integrations.eagle.network import DraftNetwork
 from ppd_compose.integrations.eagle.rows import DraftRows
 from safetensors.torch import load_file
-from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
+from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
 from ppd_compose.alternatives import AlwaysAsk
@@ -160,7 +160,7 @@ def test_a_chat_goes_on_from_the_returned_cache(version):
     longer = torch.cat([turn.sequences, prompt(6, seed=3)], dim=1)
     settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 15, "do_sample": False}
     expected = base.generate(longer, **settings)
-    assert torch.equal(model.generate(longer, past_key_values=turn.past_key_values, **settings), expected)
+    assert torch.equal(model.generate(longer, **continuing(turn), **settings), expected)
     assert len(drafter.told) > 15
 
 

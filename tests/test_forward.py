@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import eagle
 from test_medusa import random_heads
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, measured, packed
+from ppd_compose.cache import GENERATE_NAME, with_cache
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
@@ -282,7 +283,7 @@ def test_a_compiled_forward_pads_a_lonely_row():
     model = compose(base, budget=1, compile=True)
     out = answer(model, return_dict_in_generate=True)
     assert torch.equal(out.sequences, answer(base))
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert out[GENERATE_NAME].get_seq_length() == out.sequences.shape[1] - 1
     assert model.stats.rows_per_forward == 1
 
 
@@ -330,7 +331,7 @@ def test_attention_that_repeats_no_keys_says_what_the_base_says(family, padding)
     for forward in (Forward(model), forward_of(model)):
         cache = DynamicCache(config=base.config)
         with torch.no_grad():
-            base(input_ids=ids, attention_mask=visible[None].long(), past_key_values=cache, use_cache=True)
+            base(input_ids=ids, attention_mask=visible[None].long(), **with_cache(base, cache))
             tree = TokenTree.of([5, 6, 7, 8], [-1, 0, 0, 1], [0.0] * 4)
             told.append(verify(forward, cache, Context(visible), tree, (), {}).logits)
     torch.testing.assert_close(*told)
@@ -371,10 +372,10 @@ def test_an_adapter_that_is_attached_or_switched_after_composing_is_decoded_with
     model = compose(base, prompt_tokens(), budget=12)
     before = answer(base)
     assert torch.equal(answer(model), before)
-    base.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj", "down_proj"]), "one")
+    tuned = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
     assert not torch.equal(answer(base), before)
     assert torch.equal(answer(model), answer(base))
-    base.disable_adapters()
+    tuned.base_model.disable_adapter_layers()
     assert torch.equal(answer(model), before)
 
 

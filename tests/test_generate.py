@@ -4,10 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import VOCAB, Oracle, prompt, prompt_tokens, tiny
+from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ppd_compose import compose, inplace
+from ppd_compose.cache import GENERATE_NAME, with_cache
 
 
 def pair(family="llama", tokens=40, **kwargs):
@@ -173,7 +175,7 @@ def test_dictionary_with_scores_logits_and_cache():
     assert len(mine.scores) == len(theirs.scores) == len(mine.logits) == 25
     torch.testing.assert_close(torch.cat(mine.scores), torch.cat(theirs.scores))
     torch.testing.assert_close(torch.cat(mine.logits), torch.cat(theirs.logits))
-    assert mine.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    assert mine[GENERATE_NAME].get_seq_length() == theirs[GENERATE_NAME].get_seq_length()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -184,8 +186,37 @@ def test_a_chat_goes_on_from_the_returned_cache(family):
         longer = torch.cat([turn.sequences, prompt(6, seed=3)], dim=1)
         settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
         expected = base.generate(longer, **settings)
-        told = second.generate(longer, past_key_values=turn.past_key_values, **settings)
+        told = second.generate(longer, **continuing(turn), **settings)
         assert torch.equal(told, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_may_be_given_by_its_old_name():
+    base, model, ids = pair()
+    turn = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([turn.sequences, prompt(6, seed=3)], dim=1)
+    settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(longer, **settings)
+    assert torch.equal(model.generate(longer, past_key_values=turn[GENERATE_NAME], **settings), expected)
+
+
+def test_a_forward_of_old_code_is_given_its_cache_by_the_old_name():
+    class Older(LlamaForCausalLM):
+        def forward(
+            self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+            use_cache=None, logits_to_keep=0, **kwargs,
+        ):  # fmt: skip
+            return super().forward(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
+            )  # fmt: skip
+
+    base, _, ids = pair()
+    older = Older(base.config).to(base.dtype).eval()
+    older.load_state_dict(base.state_dict())
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    model = compose(older, prompt_tokens(), budget=12)
+    assert torch.equal(model.generate(ids, **settings), base.generate(ids, **settings))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -194,18 +225,18 @@ def test_a_cache_comes_back_as_transformers_made_it(family, cut_off):
     base, model, ids = pair(family)
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
-        base(ids[:, :-1], past_key_values=cache)
+        base(ids[:, :-1], **with_cache(base, cache))
     layers, held = list(cache.layers), [layer.keys for layer in cache.layers]
     before = [keys.clone() for keys in held]
     streamer = Recorder(fail_at=cut_off)
     with nullcontext() if cut_off is None else pytest.raises(RuntimeError, match="cancelled"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, streamer=streamer)
+        model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
     assert all(mine is layer for mine, layer in zip(cache.layers, layers, strict=True))
     assert all(torch.equal(keys, same) for keys, same in zip(held, before, strict=True))
     tokens = torch.cat([torch.tensor(event).flatten() for event in streamer.events[:-1]])
     fresh = DynamicCache(config=base.config)
     with torch.no_grad():
-        base(tokens[None, : cache.get_seq_length()], past_key_values=fresh)
+        base(tokens[None, : cache.get_seq_length()], **with_cache(base, fresh))
     for mine, theirs in zip(cache.layers, fresh.layers, strict=True):
         assert type(mine) is type(theirs)
         torch.testing.assert_close(mine.keys, theirs.keys)
@@ -227,7 +258,7 @@ def test_only_the_new_tokens_of_a_chat():
     seen = torch.ones_like(whole)
     expected = base.generate(whole, attention_mask=seen, max_new_tokens=10, do_sample=False)[:, whole.shape[1] :]
     told = model.generate(
-        fresh, attention_mask=seen, past_key_values=turn.past_key_values,
+        fresh, attention_mask=seen, **continuing(turn),
         max_new_tokens=10, do_sample=False,
     )  # fmt: skip
     assert torch.equal(told[:, fresh.shape[1] :], expected)

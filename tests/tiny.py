@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from ppd_compose import PromptTokens, TokenTree, hookimpl
+from ppd_compose.cache import GENERATE_NAME
 
 VOCAB = 61
 COMMON = {
@@ -53,6 +54,11 @@ def tiny(family: str = "llama", *, seed: int = 0, dtype=torch.float64, attention
     model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval().to(dtype)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=eos, bos_token_id=1)
     return model
+
+
+def continuing(turn) -> dict:
+    """Arguments of `generate` with which a chat goes on where `turn` ended."""
+    return {GENERATE_NAME: turn[GENERATE_NAME]}
 
 
 def prompt(length: int = 12, seed: int = 0) -> torch.Tensor:

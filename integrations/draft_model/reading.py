@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ppd_compose.cache import commit
+from ppd_compose.cache import commit, with_cache
 from ppd_compose.mask import attention_mask
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Floats, Ints, ancestors
@@ -111,8 +111,7 @@ class Reading:
             **self._inputs(tokens, own.flatten(0, 1).repeat(told, 1)),
             **self._places([*self.parents, *parents, *below]),
             **keep,
-            past_key_values=self.cache,
-            use_cache=True,
+            **with_cache(model, self.cache),
             return_dict=True,
         )
         commit(self.cache, len(below), [])
