@@ -73,7 +73,7 @@ def run(
     set_seed(recipe.seed)
     accelerator = Accelerator()
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
     model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
     facts = {**asdict(recipe), "begun_with": _digest(trained, replies)}

@@ -9,7 +9,7 @@ from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.eagle import train as train_module
 from ppd_compose.integrations.eagle.command import command
 from ppd_compose.integrations.eagle.files import read_head
-from ppd_compose.integrations.eagle.initial import EagleRecipe, config_for, draft_vocabulary, initial_head
+from ppd_compose.integrations.eagle.initial import VARIANTS, EagleRecipe, config_for, draft_vocabulary, initial_head
 from ppd_compose.integrations.eagle.network import DraftNetwork
 from ppd_compose.integrations.eagle.train import Course, evaluate, train_eagle, train_head
 from test_eagle import random_head
@@ -44,7 +44,7 @@ def student_of(head, base, recipe):
     return course, course.student(network)
 
 
-@pytest.mark.parametrize("variant", ["3", "3.1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_loss_is_that_of_drafting_step_by_step(family, variant):
     """Every point on its own, drafted by the rows that decode, against the base's own distribution."""
@@ -153,7 +153,7 @@ def test_killed_at_any_step_it_resumes_to_the_same_weights(tmp_path, monkeypatch
     assert all(torch.equal(w, whole.network[name]) for name, w in again.network.items())
 
 
-@pytest.mark.parametrize("variant", ["3", "3.1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_loss_and_its_guesses_are_accepted(tmp_path, variant):
     base = tiny(dtype=torch.float32)
     mine = replies(base, 4, 40)
@@ -195,7 +195,7 @@ def test_training_goes_on_from_a_head(tmp_path):
     assert torch.equal(kept.lm_head, own.lm_head)
     with pytest.raises(ValueError, match="from a head of 40 draft tokens and variant 3, the recipe wants 20 and 3"):
         trained(base, tmp_path / "d", replace(RECIPE, vocabulary=20), start=first)
-    with pytest.raises(ValueError, match="it makes EAGLE-3 heads"):
+    with pytest.raises(ValueError, match="of 61 draft tokens and variant 1, the recipe wants 40 and 3"):
         trained(base, tmp_path / "e", start=random_head(1))
 
 
@@ -218,6 +218,20 @@ def test_heads_of_all_families_learn_and_draft(family, tmp_path):
     expected = base.generate(prompt(), max_new_tokens=6, do_sample=False)
     model = compose(base, EagleHead(head), budget=16)
     assert torch.equal(model.generate(prompt(), max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_layer_of_eagle_1_drafts_from_the_most_frequent_tokens(tmp_path):
+    base = tiny(dtype=torch.float32)
+    drafter = EagleHead(trained(base, tmp_path / "run", replace(RECIPE, variant="1", vocabulary=20)))
+    drafter.save_pretrained(tmp_path / "head")
+    back = read_head(tmp_path / "head")
+    assert (back.config.version, back.config.draft_vocab_size, len(back.target_ids)) == (1, 20, 20)
+    assert torch.equal(back.target_ids, drafter.head.target_ids)
+    model = compose(base, tmp_path / "head", budget=16)
+    expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
+    more = trained(base, tmp_path / "more", replace(RECIPE, variant="1", vocabulary=20), start=back)
+    assert torch.equal(more.target_ids, back.target_ids)
 
 
 class Words:

@@ -23,7 +23,9 @@ def command(
     vocabulary: Annotated[
         int, typer.Option(help="Tokens that can be drafted: the most frequent of the replies.")
     ] = 8192,
-    variant: Annotated[str, typer.Option(help='"3" for EAGLE-3, "3.1" with its further norms.')] = "3",
+    variant: Annotated[
+        str, typer.Option(help='"3" for EAGLE-3, "3.1" with its further norms, "1" for the layer of EAGLE-1.')
+    ] = "3",
     decay: Annotated[float, typer.Option(help="Weight of the loss of each draft step against the one before.")] = 0.8,
     steps: options.StepsOption = 4000,
     warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 100,
@@ -37,10 +39,10 @@ def command(
     seed: options.SeedOption = 0,
     checkpoint_every: options.CheckpointOption = 200,
     data: options.DataOption = "",
-    start_from: Annotated[str | None, typer.Option(help="EAGLE-3 head to train further.")] = None,
+    start_from: Annotated[str | None, typer.Option(help="EAGLE head to train further.")] = None,
     device: options.DeviceOption = "cpu",
 ) -> None:
-    """Train an EAGLE-3 head and write it in the official layout. Interrupted, it resumes."""
+    """Train an EAGLE head, by EAGLE-3's loss, and write it in the official layout. Interrupted, it resumes."""
     from ppd_compose.prompts import read_prompts
 
     from .drafter import EagleHead

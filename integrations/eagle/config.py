@@ -32,6 +32,9 @@ OF_KIND = {"rope_scaling": dict, "rope_parameters": dict, "eagle_config": dict, 
 class EagleConfig:
     """One draft layer and how it is fed. `version` 1 is EAGLE-1 and EAGLE-2, which share their weights; 3 is EAGLE-3.
 
+    A head of version 1 guesses all tokens in official files; here also the most frequent ones alone (FR-Spec, arXiv
+    2502.14856).
+
     `layer` are keyword arguments of `LlamaConfig`: sizes, activation and rotary positions of the draft layer.
     """
 
@@ -83,7 +86,7 @@ def parse(raw: Mapping[str, Any], names: Collection[str], where: str) -> EagleCo
         ValueError: no EAGLE head, a field missing or of a kind that cannot be honoured; it begins with `where`.
     """
     layer = _layer_fields(raw, where)
-    version = 3 if "layer.hidden_norm.weight" in names or "norm.weight" in names or "draft_vocab_size" in raw else 1
+    version = _version(raw, names)
     _refuse(raw, layer, where)
     layers = _layers(raw, where) if version == 3 else None
     hidden, vocab = layer["hidden_size"], layer["vocab_size"]
@@ -96,7 +99,7 @@ def parse(raw: Mapping[str, Any], names: Collection[str], where: str) -> EagleCo
         version,
         {name: layer[name] for name in (*SIZES[:3], *OPTIONAL) if layer.get(name) is not None},
         vocab,
-        (raw.get("draft_vocab_size") or vocab) if version == 3 else vocab,
+        raw.get("draft_vocab_size") or vocab,
         (raw.get("target_hidden_size") or hidden) if version == 3 else hidden,
         1 if version == 1 else len(layers or (2, 1, 0)),
         layers,
@@ -104,6 +107,14 @@ def parse(raw: Mapping[str, Any], names: Collection[str], where: str) -> EagleCo
         "layer.self_attn.q_norm.weight" in names,
         **flags,
     )
+
+
+def _version(raw: Mapping[str, Any], names: Collection[str]) -> int:
+    """3 by what only such a head has; a draft vocabulary is that, unless we wrote the file and say otherwise."""
+    own = raw.get(OWN)
+    if "layer.hidden_norm.weight" in names or "norm.weight" in names:
+        return 3
+    return 3 if "draft_vocab_size" in raw and not (isinstance(own, Mapping) and own.get("version") == 1) else 1
 
 
 def _layer_fields(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -140,6 +140,7 @@ def _network(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> 
     allowed[EMBEDDING] = (config.vocab_size, config.hidden_size)
     if config.version == 3:
         allowed[LM_HEAD] = (config.draft_vocab_size, config.hidden_size)
+    if config.version == 3 or config.draft_vocab_size != config.vocab_size:
         allowed[D2T], allowed[T2D] = (config.draft_vocab_size,), (config.vocab_size,)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{path} lacks {_some(missing)}: fetch or save the head again")

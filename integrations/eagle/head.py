@@ -31,7 +31,7 @@ class Head:
     config: EagleConfig
     network: dict[str, Tensor]  # as `DraftNetwork` names them
     embedding: Tensor | None = None  # [vocab, hidden]; None: the base's
-    lm_head: Tensor | None = None  # [draft vocab, hidden]; None: the base's, of version 3 the rows `target_ids`
+    lm_head: Tensor | None = None  # [draft vocab, hidden]; None: the base's rows `target_ids`
     target_ids: Tensor | None = None  # int64 [draft vocab], the token that each draft id stands for; None: itself
     identity: Identity | None = None  # the base that the head was trained for
     accuracy: tuple[float, ...] = ()  # by depth, how often the first guess was right after a right prefix
@@ -72,15 +72,18 @@ def _plain(head: Head) -> dict[str, Any]:
         OWN: {
             "kind": KIND,
             "format": FORMAT,
+            "version": config.version,
             "base": None if head.identity is None else asdict(head.identity),
             "accuracy": list(head.accuracy),
             "training": dict(head.training),
         },
     }
+    if config.draft_vocab_size != config.vocab_size or config.version == 3:
+        plain["draft_vocab_size"] = config.draft_vocab_size
     if config.version == 1:
         return {**plain, "bias": "fc" in config.biases}
     if config.layers is not None:
         plain[LAYER_IDS] = list(config.layers)
     if config.state_size != config.hidden_size:
         plain["target_hidden_size"] = config.state_size
-    return {**plain, "draft_vocab_size": config.draft_vocab_size}
+    return plain

@@ -1,4 +1,4 @@
-"""Where the training of an EAGLE-3 head begins: recipe, sizes, draft vocabulary and first weights.
+"""Where the training of an EAGLE head begins: recipe, sizes, draft vocabulary and first weights.
 
 Knows the base's configuration and what its replies say. Does not know the loss or the run.
 """
@@ -22,6 +22,7 @@ from .head import Head
 from .network import DraftNetwork
 
 SEEN = 8  # replies whose hidden states set the scale that training begins at
+VARIANTS = ("1", "3", "3.1")
 PASSED = 0.3  # root mean square of the features that training begins with
 
 
@@ -33,16 +34,18 @@ class EagleRecipe(Recipe):
     learning_rate: float = 1e-3
     unrolled: int = 4  # draft steps in a row that are trained
     vocabulary: int = 8192  # tokens that can be drafted, the most frequent ones of the replies
-    variant: str = "3"  # "3.1" normalises each hidden state before `fc` and feeds back the normalised output
+    # "3.1" normalises each hidden state before `fc` and feeds back the normalised output; "1" is the layer of EAGLE-1/2
+    variant: str = "3"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("3", "3.1"):
-            raise ValueError(f'variant {self.variant!r} is unknown: take "3" for EAGLE-3 or "3.1"')
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant {self.variant!r} is unknown: take one of {', '.join(VARIANTS)}")
 
 
 def initial_head(base: PreTrainedModel, replies: Sequence[Reply], recipe: EagleRecipe) -> Head:
-    """A head that passes on the latest of its hidden states, small, and has the output scale of the base; else random.
+    """A head that passes on the latest of its hidden states, small; one with a norm at its end has the output scale of
+    the base there. All else is random.
 
     So the first guesses come from features in the base's own space, which the layer's output soon outweighs. Decided by
     the seed and `replies` alone.
@@ -53,10 +56,13 @@ def initial_head(base: PreTrainedModel, replies: Sequence[Reply], recipe: EagleR
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(recipe.seed)
         network = DraftNetwork(config)
-        network.norm.weight.copy_(last.pow(2).mean(0).sqrt())
-        # The median, since the first token of a text often has a state many times as large as all others.
-        size = 1.0 if config.fc_norm else passed.pow(2).mean(-1).sqrt().median()
-        network.fc.weight.zero_()
+        size = torch.tensor(1.0)
+        if config.version == 3:
+            network.norm.weight.copy_(last.pow(2).mean(0).sqrt())
+            network.fc.weight.zero_()
+        if config.version == 3 and not config.fc_norm:
+            # The median, since the first token of a text often has a state many times as large as all others.
+            size = passed.pow(2).mean(-1).sqrt().median()
         network.fc.weight[:, -config.hidden_size :] = torch.eye(config.hidden_size) * PASSED / size
     return Head(config, {name: weight.detach() for name, weight in network.state_dict().items()}, target_ids=ids)
 
@@ -76,10 +82,11 @@ def config_for(base: PreTrainedModel, recipe: EagleRecipe) -> EagleConfig:
         "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 2048,
         "rope_theta": rope.get("rope_theta") or 10_000.0,
     }
+    drafted = min(recipe.vocabulary, vocab)
+    if recipe.variant == "1":
+        return EagleConfig(1, layer, vocab, drafted, hidden, 1)
     normed, layers = recipe.variant == "3.1", default_layers(config.num_hidden_layers)
-    return EagleConfig(
-        3, layer, vocab, min(recipe.vocabulary, vocab), hidden, len(layers), layers, fc_norm=normed, norm_output=normed
-    )
+    return EagleConfig(3, layer, vocab, drafted, hidden, len(layers), layers, fc_norm=normed, norm_output=normed)
 
 
 def draft_vocabulary(replies: Sequence[Reply], size: int, vocab_size: int) -> Tensor | None:
@@ -97,7 +104,7 @@ def _seen(
     """The latest hidden state that the head reads, and the base's normalised last one, `[tokens, hidden]` float32."""
     depth = base.config.get_text_config().num_hidden_layers
     latest = config.reads(depth)[-1]
-    states = ReplyStates(base, [latest, depth], recipe.max_length, kept_bytes=0)
+    states = ReplyStates(base, sorted({latest, depth}), recipe.max_length, kept_bytes=0)
     told = [states(reply) for reply in replies]
     rows = (torch.cat([state[layer].float().cpu() for state in told]) for layer in (latest, depth))
     return next(rows), next(rows)
@@ -106,11 +113,8 @@ def _seen(
 def checked(start: Head, recipe: EagleRecipe) -> Head:
     """`start`, where training can go on from it."""
     config = start.config
-    if config.version != 3:
-        raise ValueError(
-            "training was to start from an EAGLE-1 head, but it makes EAGLE-3 heads: start from one of these"
-        )
-    wanted = (min(recipe.vocabulary, config.vocab_size), "3.1" if config.norm_output else "3")
+    variant = "1" if config.version == 1 else "3.1" if config.norm_output else "3"
+    wanted = (min(recipe.vocabulary, config.vocab_size), variant)
     if (config.draft_vocab_size, recipe.variant) != wanted:
         raise ValueError(
             f"training was to start from a head of {config.draft_vocab_size} draft tokens and variant {wanted[1]}, the "

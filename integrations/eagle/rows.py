@@ -26,15 +26,19 @@ class DraftRows:
 
     def __init__(self, parts: Parts, first: int) -> None:
         self.parts, self.first, self.accepted = parts, first, 0
-        self.pending: list[Tensor] = []  # features of accepted positions whose next token is not known yet
+        # By accepted positions that were not run yet, the hidden states that are read.
+        self.pending: list[list[Tensor]] = []
         self.keys: Tensor | None = None  # [kv heads, capacity, head_dim]
         self.values: Tensor | None = None
         self.see = torch.zeros(0, 0, dtype=torch.bool, device=parts.device)  # candidates by candidates
 
     def learn(self, states: Sequence[Tensor]) -> None:
-        """Hidden states of accepted positions, `[positions, state_size]` for each of the layers that are read."""
+        """Hidden states of accepted positions, `[positions, state_size]` for each of the layers that are read.
+
+        They are run when the head is asked again: one that does not pay is asked seldom.
+        """
         like = self.parts.output.weight
-        self.pending.append(self.parts.network.fuse([state.to(like) for state in states]))
+        self.pending.append([state.to(like) for state in states])
 
     def accept(self, ids: Sequence[int]) -> Drafted:
         """Run the pairs that became known, drop all candidates, and return the last pair's output `[1, hidden]`.
@@ -42,7 +46,7 @@ class DraftRows:
         `ids` is the whole sequence; its last token, the root, completes the last pair. Only that row is run in full:
         of a single layer the earlier ones are needed as keys and values alone.
         """
-        features = torch.cat(self.pending)
+        features = self.parts.network.fuse([torch.cat(layer) for layer in zip(*self.pending, strict=True)])
         tokens = torch.tensor(ids[-len(features) :], device=self.parts.device)
         self.pending, self.see = [], self.see[:0, :0]
         rows = self.parts.network.rows(self.parts.embed(tokens), features)

@@ -1,4 +1,4 @@
-"""Training of EAGLE-3 heads on a base's own replies: `train_eagle`, which `ppd-compose train eagle` calls.
+"""Training of EAGLE heads on a base's own replies: `train_eagle`, which `ppd-compose train eagle` calls.
 
 Knows what a batch is and how good the head is at the end. Where a head starts is `initial`, the loss `unroll`, the run
 itself `ppd_compose.loop`.
@@ -89,7 +89,7 @@ def train_eagle(
     data: str = "",
     start: EagleHead | None = None,
 ) -> EagleHead:
-    """Train an EAGLE-3 head for `base` on its own replies to `prompts` and save it to `out`.
+    """Train an EAGLE head for `base` on its own replies to `prompts` and save it to `out`.
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt;
     checkpoints lie in `out/checkpoints` until the head is written, so a killed call goes on where it stopped.
