@@ -8,38 +8,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("chart", "composed", "pairs", "speed", "drafters", "subsets", "ablation", "exactness")
+NAMES = ("chart", "composed", "sixty", "pairs", "subsets", "ablation", "exactness")
 
 
 def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def speed() -> str:
-    """Speed-up over plain generate by category, bfloat16, of prompt tokens and of the faster forwards alone."""
-    result = load("specbench-bfloat16")
-    runs, base = {told["name"]: told for told in result["runs"]}, result["base"]
-    heads = [name.replace("none", "no drafter,") for name in runs]
-    lines = [
-        f"{_where(result)}; {base['questions']} Spec-Bench questions, greedy, against eager generate.",
-        "",
-        "| category | generate, tokens/s | " + " | ".join(heads) + " |",
-        "|---" * (len(runs) + 2) + "|",
-    ]
-    for category, theirs in base["by_category"].items():
-        mine = [f"{told['by_category'][category]['speedup']:.2f}x" for told in runs.values()]
-        lines.append(f"| {category} | {theirs['tokens_per_second']:.1f} | {' | '.join(mine)} |")
-    everything = [f"**{told['speedup']:.2f}x**" for told in runs.values()]
-    lines.append(f"| **all** | {base['tokens_per_second']:.1f} | {' | '.join(everything)} |")
-    for title, key in (("tokens per forward", "tokens_per_forward"), ("rows per forward", "rows_per_forward")):
-        lines.append(f"| {title} | | {' | '.join(f'{told[key]:.2f}' for told in runs.values())} |")
-    same = [f"{told['identical']}/{told['questions']}" for told in runs.values()]
-    lines.append(f"| identical answers | | {' | '.join(same)} |")
-    return "\n".join(lines)
-
-
-def contenders(name: str, forwards: str) -> str:
-    """Drafters and compositions in one run, with these `forwards`."""
+def contenders(name: str, forwards: str, pairs: bool = False) -> str:
+    """Drafters and compositions in one run, with these `forwards`; `pairs` of drafters too."""
     result = load(name)
     categories = list(result["base"]["by_category"])
     lines = [
@@ -51,7 +28,7 @@ def contenders(name: str, forwards: str) -> str:
         + " | **all** |",
         "|---" * (len(categories) + 8) + "|",
     ]
-    for told in (run for run in result["runs"] if not _is_pair(run["name"])):
+    for told in (run for run in result["runs"] if pairs or not _is_pair(run["name"])):
         speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
         figures = ["", "", "", ""]
         if told["tokens_per_forward"]:
@@ -66,9 +43,9 @@ def contenders(name: str, forwards: str) -> str:
     return "\n".join(lines)
 
 
-def drafters() -> str:
-    """Drafters alone and composed, with forwards as the base does them."""
-    return contenders("drafters-eager", "eager")
+def sixty() -> str:
+    """Every drafter alone and with prompt tokens, and compositions, on sixty questions."""
+    return contenders("drafters-compiled-60", "compiled against eager generate", pairs=True)
 
 
 def pairs() -> str:
@@ -218,7 +195,7 @@ def _strict() -> str:
 def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
-        "chart": chart, "composed": composed, "pairs": pairs, "speed": speed, "drafters": drafters,
+        "chart": chart, "composed": composed, "sixty": sixty, "pairs": pairs,
         "subsets": subsets, "ablation": ablation, "exactness": exactness,
     }  # fmt: skip
     return made[name]()

@@ -70,6 +70,20 @@ def recording(cache: Cache) -> Iterator[None]:
             layer.record_past = False
 
 
+@contextmanager
+def undone(cache: Cache) -> Iterator[None]:
+    """Where what is within breaks off, layers that a forward adds to are again what they were. Those that are written
+    in place need nothing: what nobody counts is not there."""
+    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
+    before = [dict(vars(layer)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, held in zip(layers, before, strict=True):
+            vars(layer).update(held)
+        raise
+
+
 def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     """Of the last `rows` rows keep those in `path`, in that order.
 

@@ -123,7 +123,8 @@ class Decoding:
             with self.stats.stage("accept"):
                 path = self.accept(tree, verified)
         except BaseException:  # of a streamer, a criterion or the user: the cache is to hold what was said so far
-            commit(self.request.cache, verified.rows, [])
+            if self.step.index:  # a prompt stays whole, as in `generate`: sliding layers may be past its beginning
+                commit(self.request.cache, verified.rows, [])
             raise
         with self.stats.stage("commit"):
             self.commit(tree, appended, verified, path)

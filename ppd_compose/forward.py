@@ -50,8 +50,13 @@ class Forward:
 def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Forward:
     """The way that was asked for, made ready for `model`, composed of `base`; its submodules may be replaced.
 
-    Raises `ValueError` when weights cannot be packed here.
+    Raises `ValueError` when weights cannot be packed here, or what would be compiled is not what the base calls.
     """
+    if compile and "forward" in vars(base):
+        raise ValueError(
+            "the forward of this base was replaced on the object itself, as accelerate's hooks and patches do, and "
+            "a compiled one would pass that by: leave compile=False, or load the base without it"
+        )
     if packed or compile:
         _own_modules(model)
         group(model)

@@ -62,8 +62,8 @@ class InPlaceLayer(DynamicLayer):
 def in_place(cache: Cache) -> Iterator[None]:
     """Within, a forward writes into the memory of all layers that keep the whole context; afterwards they are
     transformers' own again."""
-    lay_in_place(cache)
     try:
+        lay_in_place(cache)
         yield
     finally:
         layers: list[Any] = list(cache.layers)

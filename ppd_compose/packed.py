@@ -93,11 +93,16 @@ def pack(model: Any) -> None:
 
 def pack_layers(modules: nn.Module) -> None:
     """Pack the plain linear layers of `modules`, which are where there are kernels for them."""
+    fresh: set[int] = set()
     for module in modules.modules():
         # A subclass computes something of its own, and so does a weight of another class, such as a quantised one.
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = PackedLinear
             vars(module)["siblings"] = None
+            fresh.add(id(module.weight))
+    # What was packed before may be of other numbers: writes by way of `.data`, as PEFT merges, leave no trace.
+    for key in [key for key in _packs if not fresh.isdisjoint(key)]:
+        del _packs[key]
     for module in modules.modules():
         for names in TOGETHER:
             _bring_together([getattr(module, name, None) for name in names])

@@ -82,12 +82,13 @@ class BestRows:
 
     @hookimpl
     def observe(self, step: Step) -> None:
-        """Keep running sums of tokens and of the budget's own seconds."""
+        """Keep running sums of tokens and of the budget's own seconds, and tell what a second is worth by them."""
         pace = step.memory.get(self)
         if pace is None or pace.index != step.index - 1:  # another plugin decided what fits
             return
         pace.tokens = FORGET * pace.tokens + len(step.path)
         pace.seconds = FORGET * pace.seconds + float(pace.curve[min(step.rows, len(pace.curve)) - 1]) + pace.drafting
+        step.rate = pace.rate
 
     def _judge(self, step: Step, tree: TokenTree, pace: _Pace) -> None:
         """Book what asking the drafters and their answers brought."""

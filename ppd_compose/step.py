@@ -38,6 +38,7 @@ class Step:
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
     seconds: float = 0.0  # that the last verify forward took
+    rate: float = 0.0  # tokens that a second is worth, by what the last steps made; 0 before there were any
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin

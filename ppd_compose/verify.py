@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import output_capturing
 
-from .cache import with_cache
+from .cache import undone, with_cache
 from .forward import Forward
 from .inplace import count, make_room
 from .mask import layered_mask
@@ -64,14 +64,15 @@ def verify(
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
     make_room(cache, sum(sizes) + idle)
-    out = forward.model(
-        **_rows(forward, tree, appended, idle),
-        **_who_sees_whom(forward, cache, context, stacked_parents(tree, appended), idle),
-        **with_cache(forward.model, cache),
-        return_dict=True,
-        **states_wanted(layers),
-        **kwargs,
-    )
+    with undone(cache):
+        out = forward.model(
+            **_rows(forward, tree, appended, idle),
+            **_who_sees_whom(forward, cache, context, stacked_parents(tree, appended), idle),
+            **with_cache(forward.model, cache),
+            return_dict=True,
+            **states_wanted(layers),
+            **kwargs,
+        )
     count(cache, sum(sizes) + idle)
     logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
     return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + idle)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.eagle import EagleHead
-from ppd_compose.integrations.eagle.borrowed import OutputHead, Parts
+from ppd_compose.integrations.eagle.borrowed import OutputHead, Parts, borrow
 from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
@@ -209,6 +209,26 @@ def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs
     scores = torch.tensor(chances).log()
     assert levels.another(scores) == runs
     assert not levels.another(scores)
+
+
+def test_a_head_that_is_never_asked_keeps_little_of_a_long_answer():
+    parts, states = borrow(random_head(3), tiny(dtype=torch.float32)), [torch.randn(200, 32) for _ in range(3)]
+    ids = [step % VOCAB for step in range(201)]
+    seldom, often = DraftRows(parts, 0), DraftRows(parts, 0)
+    with torch.no_grad():
+        for at in range(200):
+            seldom.learn([state[at : at + 1] for state in states])
+            often.learn([state[at : at + 1] for state in states])
+            told = often.accept(ids[: at + 2])
+            assert len(seldom.pending) < 64
+        torch.testing.assert_close(seldom.accept(ids).hidden, told.hidden)
+
+
+def test_a_level_must_earn_what_its_seconds_make_elsewhere():
+    price, scores = LevelPrice([0.1] * 8), torch.tensor([0.3, 0.02]).log()
+    assert price.levels(1, CURVE, rate=2.0).another(scores)
+    assert not price.levels(1, CURVE, rate=4.0).another(scores)
+    assert price.levels(1, CURVE, rate=0.1).another(scores)  # no less than plain decoding makes
 
 
 def test_with_a_fixed_number_of_rows_every_level_is_run():

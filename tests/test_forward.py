@@ -3,6 +3,8 @@
 import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -101,6 +103,17 @@ def test_a_weight_that_changes_is_packed_anew():
     assert torch.equal(answer(model), answer(base))
     base.lm_head.weight.data = base.lm_head.weight.data.flip(0)
     assert torch.equal(answer(model), answer(base))
+
+
+@needs_packing
+def test_what_was_packed_before_a_merge_serves_nobody_after_it():
+    base = tiny(dtype=torch.float32)
+    before = answer(compose(base, prompt_tokens(), budget=8, packed=True))
+    for layer in base.model.layers:
+        layer.mlp.down_proj.weight.data *= -1.5
+    merged = answer(compose(base, prompt_tokens(), budget=8, packed=True))
+    assert torch.equal(merged, answer(base))
+    assert not torch.equal(merged, before)
 
 
 @needs_packing
@@ -268,6 +281,53 @@ def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call():
         each.lm_head.weight = torch.nn.Parameter(each.lm_head.weight.flip(0))
     assert not torch.equal(answer(changed), answer(base))
     assert torch.equal(answer(model), answer(changed))
+
+
+def turned(base):
+    return base.model.layers[1].register_forward_hook(lambda module, args, out: -out if torch.is_tensor(out) else out)
+
+
+def patched(base):
+    mlp = base.model.layers[1].mlp
+    mlp.forward = MethodType(lambda self, rows: -type(self).forward(self, rows), mlp)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [turned, patched])
+def test_modules_that_were_tampered_with_share_no_graph(change):
+    plain, other = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
+    model = compose(plain, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(plain))
+    change(other)
+    assert not torch.equal(answer(other), answer(plain))
+    assert torch.equal(answer(compose(other, prompt_tokens(), budget=12, compile=True)), answer(other))
+
+
+@needs_compiler
+def test_adapters_that_are_switched_or_merged_share_no_graph():
+    base = tiny(dtype=torch.float32)
+    settings = LoraConfig(
+        r=4, lora_alpha=32, init_lora_weights=False, inference_mode=True, target_modules=["down_proj"]
+    )
+    adapted = get_peft_model(base, settings)
+    adapted.add_adapter("other", settings)
+
+    def switch(name):
+        adapted.set_adapter(name, inference_mode=True)
+
+    answers = []
+    for change in (partial(switch, "default"), partial(switch, "other"), adapted.merge_adapter):
+        change()
+        answers.append(answer(base))
+        assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answers[-1])
+    assert not torch.equal(*answers[:2])
+
+
+def test_a_base_whose_forward_was_replaced_is_not_compiled():
+    base = tiny(dtype=torch.float32)
+    base.forward = MethodType(type(base).forward, base)
+    with pytest.raises(ValueError, match="forward of this base was replaced"):
+        compose(base, prompt_tokens(), compile=True)
 
 
 @needs_compiler

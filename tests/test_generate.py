@@ -243,6 +243,61 @@ def test_a_cache_comes_back_as_transformers_made_it(family, cut_off):
         torch.testing.assert_close(mine.values, theirs.values)
 
 
+def said(streamer):
+    """The tokens `[1, length]` that a streamer was given."""
+    return torch.cat([torch.tensor(event).flatten() for event in streamer.events if event != "end"])[None]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("length", [12, 16, 17, 30])
+def test_a_call_cut_off_at_its_first_token_leaves_a_cache_to_go_on_from(family, length):
+    base, model, _ = pair(family)
+    cache, streamer = DynamicCache(config=base.config), Recorder(fail_at=2)
+    with pytest.raises(RuntimeError, match="cancelled"):
+        model.generate(prompt(length), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
+    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(said(streamer), **settings)
+    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("length", [12, 30])
+def test_a_forward_that_breaks_off_leaves_a_cache_to_go_on_from(family, length):
+    base, model, _ = pair(family)
+    cache, streamer, forwards = DynamicCache(config=base.config), Recorder(), []
+
+    def breaks(*_):
+        forwards.append(1)
+        if len(forwards) == 4:
+            raise MemoryError("full")
+
+    inner = getattr(base.model, "language_model", base.model)
+    handle = inner.layers[1].register_forward_pre_hook(breaks)
+    with pytest.raises(MemoryError):
+        model.generate(prompt(length), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
+    handle.remove()
+    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(said(streamer), **settings)
+    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+
+
+def test_a_cache_that_finds_no_room_is_left_as_transformers_made_it(monkeypatch):
+    def full(*_):
+        raise MemoryError("full")
+
+    base, model, ids = pair()
+    cache = DynamicCache(config=base.config)
+    room = inplace.pad
+    monkeypatch.setattr(inplace, "pad", full)
+    with pytest.raises(MemoryError):
+        model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False)
+    monkeypatch.setattr(inplace, "pad", room)
+    longer = torch.cat([ids, prompt(3, seed=1)], dim=1)
+    settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(longer, **settings)
+    assert torch.equal(base.generate(longer, **{GENERATE_NAME: cache}, **settings), expected)
+
+
 @pytest.mark.parametrize("room", [1, 8, 64])
 def test_memory_for_keys_and_values_grows_with_the_answer(room, monkeypatch):
     monkeypatch.setattr(inplace, "ROOM", room)

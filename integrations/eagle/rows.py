@@ -13,6 +13,7 @@ from torch import Tensor
 from .borrowed import Parts
 from .network import Drafted, Rope, Rows
 
+WAITING = 64  # steps whose hidden states wait to be fused: several at once take hardly longer than one
 SPARE = 256  # rows that the cache has room for beyond those it was made for
 
 
@@ -26,7 +27,8 @@ class DraftRows:
 
     def __init__(self, parts: Parts, first: int) -> None:
         self.parts, self.first, self.accepted = parts, first, 0
-        # By accepted positions that were not run yet, the hidden states that are read.
+        # Of accepted positions that were not run yet: features, and of the latest the hidden states to make them of.
+        self.features: list[Tensor] = []
         self.pending: list[list[Tensor]] = []
         self.keys: Tensor | None = None  # [kv heads, capacity, head_dim]
         self.values: Tensor | None = None
@@ -39,6 +41,8 @@ class DraftRows:
         """
         like = self.parts.output.weight
         self.pending.append([state.to(like) for state in states])
+        if len(self.pending) == WAITING:
+            self._fuse()
 
     def accept(self, ids: Sequence[int]) -> Drafted:
         """Run the pairs that became known, drop all candidates, and return the last pair's output `[1, hidden]`.
@@ -46,9 +50,11 @@ class DraftRows:
         `ids` is the whole sequence; its last token, the root, completes the last pair. Only that row is run in full:
         of a single layer the earlier ones are needed as keys and values alone.
         """
-        features = self.parts.network.fuse([torch.cat(layer) for layer in zip(*self.pending, strict=True)])
+        if self.pending:
+            self._fuse()
+        features = torch.cat(self.features)
         tokens = torch.tensor(ids[-len(features) :], device=self.parts.device)
-        self.pending, self.see = [], self.see[:0, :0]
+        self.features, self.see = [], self.see[:0, :0]
         rows = self.parts.network.rows(self.parts.embed(tokens), features)
         rope = self._rope(torch.arange(self.accepted, self.accepted + len(tokens), device=tokens.device), features)
         keys, values = self._keep(rows, rope, self.accepted)
@@ -80,6 +86,10 @@ class DraftRows:
             rows, rope, keys, values, torch.cat([own.new_ones(new, self.accepted), own], dim=1)
         )
         return out
+
+    def _fuse(self) -> None:
+        self.features.append(self.parts.network.fuse([torch.cat(layer) for layer in zip(*self.pending, strict=True)]))
+        self.pending = []
 
     def _rope(self, positions: Tensor, like: Tensor) -> Rope:
         return self.parts.network.rope(self.first + positions, like)
