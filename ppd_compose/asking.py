@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 TIMED = 16  # times a drafter is timed; what it takes is then settled, so that decisions do not follow the clock
-TRIED = 8  # times that it is asked before it is judged
+TRIED = 8  # times that tell little of what it takes: much is made at its first use, and drafts find their size
 FORGET = 0.95  # how much of what was gained counts after each time
 SHARE = 0.01  # of all time, what a drafter that does not pay may take to show that it would
 
@@ -27,7 +27,7 @@ class Asked:
     @property
     def typical(self) -> float:
         """Seconds that one turn takes."""
-        return median(self.seconds)
+        return median(self.seconds[TRIED:] or self.seconds)
 
     def turn(self) -> bool:
         """Whether it is asked at this step."""
@@ -44,6 +44,6 @@ class Asked:
         if len(self.seconds) < TIMED:
             self.seconds.append(seconds)
         self.gained, self.times = FORGET * self.gained + gained, FORGET * self.times + 1
-        if len(self.seconds) >= TRIED:
+        if len(self.seconds) >= TIMED:
             pays = self.gained / self.times >= rate * self.typical
             self.wait = 1.0 if pays else self.typical / (SHARE * forward)

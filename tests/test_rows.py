@@ -8,7 +8,7 @@ import pytest
 from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, Budget, Step, TokenTree, compose, drafting, hookimpl
-from ppd_compose.asking import TRIED, Asked
+from ppd_compose.asking import TIMED, TRIED, Asked
 from ppd_compose.worth import added
 
 STEEP = Budget((1, 64), (0,), ((1.0, 1.0 + 63 * 0.1),))
@@ -67,7 +67,7 @@ def test_of_two_that_append_rows_the_one_that_keeps_its_promises_rides_along():
 
 def test_a_drafter_that_does_not_pay_takes_a_hundredth_of_the_time_until_it_pays():
     asked, told = Asked(), {"seconds": 0.1, "rate": 10.0, "forward": 0.2}
-    for _ in range(TRIED):
+    for _ in range(TIMED):
         assert asked.turn()
         asked.judge(gained=0.2, **told)
     turns = 0
@@ -80,6 +80,16 @@ def test_a_drafter_that_does_not_pay_takes_a_hundredth_of_the_time_until_it_pays
         pass
     for _ in range(20):
         asked.judge(gained=3.0, **told)
+    assert asked.turn()
+    assert asked.turn()
+
+
+def test_a_drafter_is_judged_by_what_it_takes_once_it_is_under_way():
+    asked = Asked()
+    for number in range(TIMED):
+        assert asked.turn()
+        asked.judge(seconds=0.1 if number < TRIED else 0.01, gained=0.2, rate=10.0, forward=0.2)
+    assert asked.typical == 0.01
     assert asked.turn()
     assert asked.turn()
 
