@@ -163,20 +163,18 @@ class Decoding:
         step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
         step.answers = {
-            drafter: _answer(path, block, logits)
+            drafter: _below(path[-1], block, logits)
             for (drafter, block), logits in zip(appended.items(), verified.appended, strict=True)
         }
         step.hidden_states = {layer: states[path] for layer, states in verified.hidden_states.items()}
 
 
-def _answer(path: list[int], rows: Appended, logits: Tensor) -> Answer:
-    """The logits of the rows that hang from the last node of `path`, or from the nearest one before it that has any."""
-    below = [np.flatnonzero(rows.nodes == node) for node in reversed(path)]
-    back = next((back for back, mine in enumerate(below) if len(mine)), 0)
-    mine = below[back]
+def _below(node: int, rows: Appended, logits: Tensor) -> Answer:
+    """The logits of the rows that hang from `node`."""
+    mine = np.flatnonzero(rows.nodes == node)
     if len(mine) and mine[-1] - mine[0] == len(mine) - 1:  # as a rule they stand together, and need no copy
-        return Answer(rows.kinds[mine], logits[mine[0] : mine[-1] + 1], back)
-    return Answer(rows.kinds[mine], logits[torch.from_numpy(mine).to(logits.device)], back)
+        return Answer(rows.kinds[mine], logits[mine[0] : mine[-1] + 1])
+    return Answer(rows.kinds[mine], logits[torch.from_numpy(mine).to(logits.device)])
 
 
 class Growing:

@@ -69,9 +69,8 @@ class OfflinePromptTokens(PromptTokens):
 
     def _tree(self, step: Step) -> SparseTree:
         answer = step.answers.get(self)
-        if answer is None or answer.back or not len(answer.kinds):
-            return self.trees[0]
-        return self.trees[int(answer.kinds[-1]) // self.embeddings.shape[1] + 1]
+        known = 0 if answer is None or not len(answer.kinds) else int(answer.kinds[-1]) // self.embeddings.shape[1] + 1
+        return self.trees[known]
 
 
 def sparse_trees(accuracy: Floats, rows: int, ensemble: int = 1) -> list[SparseTree]:

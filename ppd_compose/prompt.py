@@ -29,7 +29,6 @@ from .tree import Appended, Floats, TokenTree
 RANKS = 1000  # of guesses whose accuracy is told, at most
 WIDTH = 10  # guesses taken from each distance
 TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
-BARE = 0.5  # of the children of a node with prompt tokens, those that have none and go on with what theirs guess
 
 
 class PromptTokens(Shared):
@@ -68,7 +67,6 @@ class PromptTokens(Shared):
         self.measured = accuracy is not None
         self.accuracy = _shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
         self.gains = marginal_gains(self.accuracy, TYPICAL_NODES)
-        self.later = BARE * self.accuracy[:, :WIDTH].sum(1) * (np.arange(n) > 0)
 
     @classmethod
     def from_pretrained(
@@ -141,8 +139,8 @@ class PromptTokens(Shared):
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
         """The likeliest paths, every distance guessed on its own."""
-        answer = self._ahead(step)
-        if not len(answer.kinds):
+        answer = step.answers.get(self)
+        if answer is None or not len(answer.kinds):
             return None
         log_probs, tokens = self._guesses(answer)
         return TokenTree.product(
@@ -151,15 +149,12 @@ class PromptTokens(Shared):
 
     @hookimpl
     def append(self, step: Step, tree: TokenTree) -> Appended:
-        """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth). From the
-        second prompt token on it may serve, too, where the last is a child that has none."""
+        """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
         rows = np.arange(nodes * n * v).reshape(nodes, n, v)
         parents = nodes + rows - v
         parents[:, 0] = np.arange(nodes)[:, None]
-        stops = tree.stop_chances()
-        beneath = np.bincount(tree.parents[1:], stops[1:], nodes)
-        gains = (np.outer(stops, self.gains) + np.outer(beneath, self.later))[:, :, None] / v
+        gains = tree.stop_chances()[:, None, None] * (self.gains / v)[:, None]
         return Appended(
             step.memory[self],
             np.tile(np.arange(n * v), nodes),
@@ -167,15 +162,6 @@ class PromptTokens(Shared):
             np.repeat(np.arange(nodes), n * v),
             np.broadcast_to(gains, rows.shape).ravel(),
         )
-
-    def _ahead(self, step: Step) -> Answer:
-        """What guesses tokens after the root: of rows that hang further up, those of the further distances."""
-        answer = step.answers.get(self)
-        if answer is None:
-            return Answer(np.zeros(0, np.int64), torch.zeros(0, step.vocab_size))
-        known = answer.back * self.embeddings.shape[1]
-        rows = np.flatnonzero(answer.kinds >= known)
-        return Answer(answer.kinds[rows] - known, answer.logits[len(answer.kinds) - len(rows) :])
 
     def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""

@@ -18,12 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits of a plugin's appended rows below the last accepted node, or below the nearest one before it that had
-    any."""
+    """Logits of a plugin's appended rows below the last accepted node."""
 
     kinds: Ints  # [rows], as the plugin gave them
     logits: Tensor  # [rows, vocab], in the model's dtype, on its device
-    back: int = 0  # nodes that were accepted after the one from which the rows hang
 
 
 @dataclass

@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
-from ppd_compose import Answer, Budget, Step, TokenTree, compose, hookimpl
+from ppd_compose import Step, TokenTree, compose, hookimpl
 from ppd_compose.prompt import average, marginal_gains
 from ppd_compose.top import best_tokens
 
 
 class Watches:
-    """Keeps the answers of one drafter, with the sequence up to the node that they hang from."""
+    """Keeps the answers of one drafter, with the sequence they belong to."""
 
     def __init__(self, drafter):
         self.drafter, self.seen = drafter, []
@@ -20,16 +20,7 @@ class Watches:
     def observe(self, step: Step):
         answer = step.answers.get(self.drafter)
         if answer is not None:
-            self.seen.append((step.ids[: len(step.ids) - 1 - answer.back], answer))
-
-
-class RowsBelowTheRoot:
-    """All candidates are verified, and appended rows below the root alone."""
-
-    @hookimpl
-    def fit(self, tree, appended):
-        nodes = np.arange(len(tree))
-        return tree, [rows.take(np.flatnonzero(rows.nodes == 0), nodes, len(tree)) for rows in appended]
+            self.seen.append((list(step.ids[:-1]), answer))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
@@ -53,32 +44,6 @@ def test_an_answer_is_what_the_model_says_after_sequence_and_prompt_tokens(famil
             torch.testing.assert_close(told.logits[row], base(inputs_embeds=alone).logits[0, -1])
             compared += 1
     assert compared > 2
-
-
-@pytest.mark.parametrize("v", [1, 2])
-def test_where_the_last_node_has_none_the_further_prompt_tokens_above_it_guess_on(v):
-    """What would be guessed below the last node is dropped; the rest is as far ahead as it was."""
-    tokens, logits = prompt_tokens(3, v), torch.randn(3 * v, 61, generator=torch.Generator().manual_seed(0))
-    step = Step([5], 61, Budget.flat(16), 10)
-    step.answers[tokens] = Answer(np.arange(v, 3 * v) - v, logits[v:])
-    expected = tokens.propose(step)
-    step.answers[tokens] = Answer(np.arange(3 * v), logits, back=1)
-    drafted = tokens.propose(step)
-    assert drafted.tokens.tolist() == expected.tokens.tolist()
-    assert drafted.log_probs == pytest.approx(expected.log_probs)
-    step.answers[tokens] = Answer(np.arange(3 * v), logits, back=3)
-    assert tokens.propose(step) is None
-
-
-def test_answers_come_from_the_nearest_accepted_node_that_has_rows():
-    base, tokens = tiny("llama"), prompt_tokens(2)
-    answer = base.generate(prompt(), max_new_tokens=40, do_sample=False)[0].tolist()
-    watch = Watches(tokens)
-    compose(base, tokens, Oracle(answer), plugins=[watch, RowsBelowTheRoot()], budget=64).generate(
-        prompt(), max_new_tokens=25, do_sample=False
-    )
-    assert {told.back for _, told in watch.seen[1:-1]} - {0}
-    assert all(told.kinds.tolist() == [0, 1] for _, told in watch.seen)
 
 
 def test_the_distributions_of_an_ensemble_are_averaged():
@@ -111,9 +76,7 @@ def test_rows_are_worth_the_chance_that_their_node_is_the_last():
     tree = TokenTree.chain(5, [1], [float(np.log(0.25))])
     rows = tokens.append(step, tree)
     worth = tokens.gains / 2
-    beneath = 0.25 * tokens.later / 2  # of the root's, where its child turns out to be the last
-    expected = np.concatenate([np.repeat(0.75 * worth + beneath, 2), 0.25 * np.repeat(worth, 2)])
-    assert tokens.later[0] == 0 < tokens.later[1]
+    expected = np.concatenate([0.75 * np.repeat(worth, 2), 0.25 * np.repeat(worth, 2)])
     assert rows.gains == pytest.approx(expected)
     assert rows.parents.tolist() == [0, 0, 2, 3, 1, 1, 6, 7]
 
