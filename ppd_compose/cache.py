@@ -74,7 +74,7 @@ def recording(cache: Cache) -> Iterator[None]:
 def undone(cache: Cache) -> Iterator[None]:
     """Where what is within breaks off, layers that a forward adds to are again what they were. Those that are written
     in place need nothing: what nobody counts is not there."""
-    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
+    layers = _added_to(cache)
     before = [dict(vars(layer)) for layer in layers]
     try:
         yield
@@ -107,9 +107,13 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
 
 def leave_a_gap(cache: Cache) -> None:
     """Let keys and values be views of a tensor with room for one token more, as after a commit that drops a row."""
-    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
-    for layer in layers:
+    for layer in _added_to(cache):
         layer.keys, layer.values = _with_room(layer.keys), _with_room(layer.values)
+
+
+def _added_to(cache: Cache) -> list[Any]:
+    """The layers to whose keys and values a forward adds, by making new ones."""
+    return [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
 
 
 def _with_room(states: Tensor) -> Tensor:

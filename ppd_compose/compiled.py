@@ -68,7 +68,20 @@ def _built(model: Any) -> Hashable:
 def _hooks(module: Any) -> Hashable:
     """The hooks of `module` but those by which transformers notes hidden states, which is a part of every graph."""
     hooks = [hook for name in CALLED for hook in getattr(module, name, {}).values()]
-    return tuple(id(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)
+    return tuple(_Same(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)
+
+
+class _Same:
+    """An object by its identity. It is held, so that no other one ever gets its number."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.held is self.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 def _settings(module: Any, outermost: bool) -> Hashable:

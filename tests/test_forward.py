@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MethodType
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 
 from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, measured, packed
 from ppd_compose.cache import GENERATE_NAME, with_cache
+from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
@@ -301,6 +303,19 @@ def test_modules_that_were_tampered_with_share_no_graph(change):
     change(other)
     assert not torch.equal(answer(other), answer(plain))
     assert torch.equal(answer(compose(other, prompt_tokens(), budget=12, compile=True)), answer(other))
+
+
+def test_no_hook_gets_the_number_of_one_that_is_gone():
+    """A graph is found again by the hooks that it was made with: were they let go, another could pass for one."""
+    base = tiny(dtype=torch.float32)
+    built, handle = _built(base), turned(base)
+    hook = weakref.ref(base.model.layers[1]._forward_hooks[handle.id])
+    hooked = _built(base)
+    assert hooked == _built(base) != built
+    handle.remove()
+    gc.collect()
+    assert hook() is not None
+    assert _built(base) == built
 
 
 @needs_compiler
