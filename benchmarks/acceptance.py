@@ -18,11 +18,12 @@ import typer
 from rich.progress import track
 
 from ppd_compose import TokenTree, compose, hookimpl
-from ppd_compose.bench import Question, greedy, questions_from
+from ppd_compose.bench import greedy
 from ppd_compose.cli import drafters_of
 from ppd_compose.environment import environment
 from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
+from ppd_compose.questions import Question, questions_from
 from ppd_compose.tree import union
 
 ALL = ("ppd", "medusa", "eagle", "ngram", "recycling", "lookup")

@@ -21,13 +21,14 @@ from sweep import Forwards
 
 from ppd_compose import Budget, TokenTree, compose, hookimpl
 from ppd_compose.alternatives import AlwaysAsk, HighestClaim
-from ppd_compose.bench import Question, greedy, questions_from
+from ppd_compose.bench import greedy
 from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
 from ppd_compose.evidence import Evidence
 from ppd_compose.loading import load_base
 from ppd_compose.offline import OfflinePromptTokens
 from ppd_compose.prompts import read_prompts
+from ppd_compose.questions import Question, questions_from
 from ppd_compose.rows import BestRows
 
 STATIC = 16  # rows of trees that are the same at every step

@@ -23,12 +23,13 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ppd_compose import TokenTree, compose, decode
-from ppd_compose.bench import Question, greedy, questions_from
+from ppd_compose.bench import greedy
 from ppd_compose.cli import drafters_of
 from ppd_compose.environment import environment
 from ppd_compose.grouped import BORROWED
 from ppd_compose.loading import load_base
 from ppd_compose.prompts import read_prompts
+from ppd_compose.questions import Question, questions_from
 from ppd_compose.verify import verify
 
 TRIED = 256  # rows by which a product's order is found out

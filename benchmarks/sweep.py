@@ -15,12 +15,13 @@ import typer
 from rich.progress import track
 
 from ppd_compose import Budget, compose, hookimpl
-from ppd_compose.bench import Question, greedy, questions_from
+from ppd_compose.bench import greedy
 from ppd_compose.drafters import load_drafter
 from ppd_compose.environment import environment
 from ppd_compose.loading import load_base
 from ppd_compose.offline import OfflinePromptTokens
 from ppd_compose.prompts import read_prompts
+from ppd_compose.questions import Question, questions_from
 
 FIXED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from ppd_compose import bench_job
-from ppd_compose.bench import Protocol, greedy, questions_from
+from ppd_compose.bench import Protocol, greedy
 from ppd_compose.cli import drafters_of
 from ppd_compose.loading import load_base
 from ppd_compose.options import AllTurnsOption
 from ppd_compose.packed import can_pack
 from ppd_compose.prompts import read_prompts
+from ppd_compose.questions import questions_from
 from ppd_compose.shipped import QUESTIONS
 
 QUICK = {"per_category": 2, "tokens": 48, "rounds": 5}

@@ -6,30 +6,19 @@ Knows how to time and compare generations. Does not print or load anything.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .prompts import Prompt, encode
+from .questions import Question
 from .stats import Stats
 
 BASE = "base"
-# Spec-Bench's file names the eight subjects of MT-bench; its tables count them as one category.
-SUBJECTS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-MT_BENCH = dict.fromkeys(SUBJECTS, "mt_bench")
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids `[1, length]` int64 and the category that the answer is counted under."""
-
-    ids: Tensor
-    category: str
 
 
 @dataclass(frozen=True)
@@ -79,47 +68,6 @@ class WithSettings:
         """As the model's own."""
         out: Tensor = self.model.generate(*args, **kwargs, **self.settings)
         return out
-
-
-def questions_from(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    per_category: int | None,
-    answer: Callable[[Tensor], list[int]] | None = None,
-) -> list[Question]:
-    """`per_category` prompts of each category, evenly spread over the file (None: all).
-
-    Args:
-        answer: gives prompt and answer to ids `[1, length]`; with it further turns are asked too, after the answers to
-            those before, the same for all contenders. None asks first turns only.
-    """
-    categories: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        categories.setdefault(MT_BENCH.get(prompt.category, prompt.category), []).append(prompt)
-    return [
-        Question(ids, category)
-        for category, mine in categories.items()
-        for prompt in _spread(mine, per_category)
-        for ids in _turns(prompt, tokenizer, answer)
-    ]
-
-
-def _turns(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, answer: Callable[[Tensor], list[int]] | None
-) -> Iterator[Tensor]:
-    said: list[str] = []
-    for turn in prompt.turns if answer else prompt.turns[:1]:
-        said.append(turn)
-        ids = torch.tensor([encode(tokenizer, *said)])
-        yield ids
-        if answer is not None and len(said) < 2 * len(prompt.turns) - 1:
-            said.append(str(tokenizer.decode(answer(ids)[ids.shape[1] :], skip_special_tokens=True)))
-
-
-def _spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
-    if count is None or count >= len(prompts):
-        return list(prompts)
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def one_round(
@@ -172,6 +120,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "name": name,
         "tokens_per_second": _rate(answers),
         "speedup": _rate(answers) / _rate(base),
+        "tokens_per_second_after_prefill": _after_prefill(answers),
         "speedup_by_round": _by_round(answers, base),
         "tokens_per_forward": sum(s.tokens for s in stats) / max(forwards, 1),
         "expected_per_forward": sum(s.expected for s in stats) / max(forwards, 1),
@@ -187,6 +136,12 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
 
 def _rate(answers: Sequence[Answered]) -> float:
     return sum(a.tokens for a in answers) / sum(median(a.seconds) for a in answers)
+
+
+def _after_prefill(answers: Sequence[Answered]) -> float:
+    """Tokens by the seconds of the last round that drafters can change; 0 for those who do not tell their prefill."""
+    told = [(a.tokens, a.seconds[-1] - a.stats.seconds["prefill"]) for a in answers if a.stats is not None]
+    return sum(tokens for tokens, _ in told) / sum(seconds for _, seconds in told) if told else 0.0
 
 
 def _by_round(answers: Sequence[Answered], base: Sequence[Answered]) -> list[float]:

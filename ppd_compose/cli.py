@@ -170,8 +170,9 @@ def bench(
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
     from . import bench_job
-    from .bench import Protocol, greedy, questions_from
+    from .bench import Protocol, greedy
     from .prompts import read_prompts
+    from .questions import questions_from
 
     loaded = load_base(base, dtype, device)
     ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
@@ -202,9 +203,9 @@ def profile(
 ) -> None:
     """Measure what forwards cost by rows and context and what a step takes; the last line is JSON."""
     from . import profile as profiling
-    from .bench import questions_from
     from .compose import compose
     from .prompts import read_prompts
+    from .questions import questions_from
 
     loaded = load_base(base, dtype, device)
     model = compose(loaded.model, *drafters_of(drafters), packed=packed, compile=compile)

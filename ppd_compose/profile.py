@@ -15,10 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .bench import Question, greedy
+from .bench import greedy
 from .budget import Budget
 from .environment import environment
 from .measured import measured_budget
+from .questions import Question
 from .storage import staged_file
 
 

@@ -12,11 +12,13 @@ from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import compose
-from ppd_compose.bench import Answered, Protocol, Question, divergence, questions_from
+from ppd_compose.bench import Answered, Protocol, divergence, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
 from ppd_compose.packed import can_pack
 from ppd_compose.prompts import Prompt, encode
+from ppd_compose.questions import Question, questions_from
+from ppd_compose.stats import Stats
 
 
 def test_a_difference_is_told_with_its_place_and_the_gap_of_the_bases_logits():
@@ -37,6 +39,14 @@ def test_an_answer_that_is_shorter_parts_where_it_ends():
     ids = base.generate(prompt(), max_new_tokens=10, do_sample=False)[0].tolist()
     told = divergence(base, Answered("qa", 12, ids=ids[:-3]), Answered("qa", 12, ids=ids))
     assert (told["position"], told["tokens"]) == (7, [[ids[19]], []])
+
+
+def test_what_drafters_can_change_is_told_apart_from_the_prefill():
+    stats = Stats(forwards=5, tokens=9)
+    stats.seconds["prefill"] = 0.5
+    mine, theirs = Answered("qa", 1, [2.0, 1.5], list(range(10)), stats), Answered("qa", 1, [3.0, 3.0], list(range(10)))
+    assert summarise("mine", [mine], [theirs])["tokens_per_second_after_prefill"] == 9 / (1.5 - 0.5)
+    assert summarise("theirs", [theirs], [theirs])["tokens_per_second_after_prefill"] == 0
 
 
 def test_questions_are_spread_evenly_and_the_subjects_of_mt_bench_are_one_category():

@@ -24,8 +24,9 @@ from test_compose import tokenizer
 from tiny import prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, TokenTree, compose
-from ppd_compose.bench import Question, greedy
+from ppd_compose.bench import greedy
 from ppd_compose.loading import LoadedBase
+from ppd_compose.questions import Question
 from ppd_compose.replies import Reply
 
 MAKERS = {"ppd": prompt_tokens, "lookup": PromptLookup, "recycling": TokenRecycling}
