@@ -1,4 +1,4 @@
-"""The README's tables, made from `benchmarks/results/*.json`: run it to write them into the README."""
+"""The tables of README.md and RESULTS.md, made from `benchmarks/results/*.json`: run it to write them there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("chart", "composed", "each", "pairs", "subsets", "ablation", "exactness")
+README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "ablation", "training")}
 
 
 def load(name: str) -> Any:
@@ -45,7 +46,7 @@ def contenders(name: str, forwards: str, pairs: bool = False) -> str:
 
 def each() -> str:
     """Every drafter alone and with prompt tokens, and compositions."""
-    return contenders("each-drafter", "compiled against eager generate", pairs=True)
+    return contenders("spec-bench-60", "compiled against eager generate", pairs=True)
 
 
 def pairs() -> str:
@@ -131,6 +132,16 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
+def training() -> str:
+    """First guesses that are right after so much training."""
+    lines = ["| drafter | steps, or replies counted | seconds | right by distance |", "|---|---|---|---|"]
+    for kind, trainings in load("training")["trainings"].items():
+        for told in trainings:
+            right = " / ".join(f"{ranks[0]:.2f}" for ranks in told["accuracy"])
+            lines.append(f"| {kind} | {told['amount']} | {told['seconds']:.0f} | {right} |")
+    return "\n".join(lines)
+
+
 def _of_forwards(told: dict[str, float]) -> float:
     """Tokens per second where the host takes no time: what ran beside a benchmark makes it slow."""
     if "tokens_per_second_of_forwards" in told:
@@ -196,19 +207,24 @@ def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
         "chart": chart, "composed": composed, "each": each, "pairs": pairs,
-        "subsets": subsets, "ablation": ablation, "exactness": exactness,
+        "subsets": subsets, "ablation": ablation, "training": training, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 
 
+def between(name: str) -> tuple[str, str]:
+    """The lines between which the table `name` stands."""
+    return f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name in NAMES:
-        begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + render(name) + "\n" + end + rest.split(end)[1]
-    readme.write_text(text, encoding="utf-8")
+    for file, names in NAMES.items():
+        text = file.read_text(encoding="utf-8")
+        for name in names:
+            begin, end = between(name)
+            before, rest = text.split(begin)
+            text = before + begin + render(name) + "\n" + end + rest.split(end)[1]
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

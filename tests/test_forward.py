@@ -283,6 +283,11 @@ def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call():
         each.lm_head.weight = torch.nn.Parameter(each.lm_head.weight.flip(0))
     assert not torch.equal(answer(changed), answer(base))
     assert torch.equal(answer(model), answer(changed))
+    with torch.no_grad():
+        for each in (base, changed):
+            each.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
+            each.model.layers[1].mlp.down_proj.weight.data = each.model.layers[1].mlp.down_proj.weight.data.flip(0)
+    assert torch.equal(answer(model), answer(changed))
 
 
 def turned(base):
