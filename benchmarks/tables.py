@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
-NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "ablation", "training")}
+NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "ablation")}
 
 
 def load(name: str) -> Any:
@@ -132,16 +132,6 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
-def training() -> str:
-    """First guesses that are right after so much training."""
-    lines = ["| drafter | steps, or replies counted | seconds | right by distance |", "|---|---|---|---|"]
-    for kind, trainings in load("training")["trainings"].items():
-        for told in trainings:
-            right = " / ".join(f"{ranks[0]:.2f}" for ranks in told["accuracy"])
-            lines.append(f"| {kind} | {told['amount']} | {told['seconds']:.0f} | {right} |")
-    return "\n".join(lines)
-
-
 def _of_forwards(told: dict[str, float]) -> float:
     """Tokens per second where the host takes no time: what ran beside a benchmark makes it slow."""
     if "tokens_per_second_of_forwards" in told:
@@ -207,7 +197,7 @@ def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
         "chart": chart, "composed": composed, "each": each, "pairs": pairs,
-        "subsets": subsets, "ablation": ablation, "training": training, "exactness": exactness,
+        "subsets": subsets, "ablation": ablation, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 
