@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .questions import Question
 from .stats import Stats
+from .verify import only_last
 
 BASE = "base"
 
@@ -183,14 +185,14 @@ def _reliability(stats: Sequence[Stats]) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def divergence(base: Any, mine: Answered, theirs: Answered) -> dict[str, Any] | None:
+def divergence(base: PreTrainedModel, mine: Answered, theirs: Answered) -> dict[str, Any] | None:
     """Where two answers part, and how far apart the base's two best logits are there; None when they are equal."""
     if mine.ids == theirs.ids:
         return None
     shorter = min(len(mine.ids), len(theirs.ids))
     at = next((i for i in range(shorter) if mine.ids[i] != theirs.ids[i]), shorter)
-    last = {"logits_to_keep": 1} if base._supports_logits_to_keep() else {}
-    logits = base(input_ids=torch.tensor([theirs.ids[:at]], device=base.device), **last).logits[0, -1].float()
+    ids = torch.tensor([theirs.ids[:at]], device=base.device)
+    logits = base(input_ids=ids, **only_last(base)).logits[0, -1].float()
     best = logits.topk(2)
     return {
         "position": at - theirs.prompt_length,

@@ -28,7 +28,7 @@ def compiled(model: Any) -> Callable[..., Any]:
     """The forward of `model`, compiled for any number of rows, as its modules are now.
 
     Before a forward nobody looks whether they still are: who replaces modules, or sets something in them, calls this
-    again.
+    again. Weights are read at every forward.
     """
     key = _built(model)
     if key not in _graphs:

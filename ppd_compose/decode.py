@@ -25,7 +25,7 @@ from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
 from .tree import Appended, TokenTree, ancestors
-from .verify import Context, Verified, states_of, states_wanted, verify
+from .verify import Context, Verified, only_last, states_of, states_wanted, verify
 
 
 @dataclass
@@ -62,7 +62,6 @@ class Decoding:
         ids = request.ids[0][shown].tolist()
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
         self.context = Context(request.visible[:-1].cpu())  # less the root, which the first commit adds
-        self._last_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         self.done = False
 
     def run(self) -> Tensor:
@@ -96,7 +95,7 @@ class Decoding:
                 return_dict=True,
                 **states_wanted(self.layers),
                 **self.kwargs,
-                **self._last_logits,
+                **only_last(self.model),
             )
             states.append(states_of(out, self.layers))
             start = end

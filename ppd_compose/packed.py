@@ -29,11 +29,6 @@ class _Pack:
     packed: Tensor
     bias: Tensor | None
 
-    def holds(self) -> bool:
-        """Whether all that it was made from is there still, and as it was."""
-        tensors = [ref() for ref in self.made_from]
-        return self.state == tuple([state_of(tensor) for tensor in tensors if tensor is not None])
-
 
 # By the weights' identities, and only as long as they live. Looked up some hundred times in a forward, so a plain
 # dictionary: torch's own of weak keys takes longer than some of the products.
@@ -167,33 +162,23 @@ def _product(rows: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
 
 
 def _linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    pack = _packs.get(_key(weights, biases))
-    return _multiplied(rows, pack if pack is not None and pack.holds() else _packed(weights, biases))
-
-
-def _linear_of_graph(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """As `_linear`, for layers that an eager forward has been through since their weights could change, as a prefill
-    is one. To look at each of some hundred products whether they did would take 2 to 4 % of a forward."""
-    return _multiplied(rows, _packs.get(_key(weights, biases)) or _packed(weights, biases))
-
-
-def _multiplied(rows: Tensor, pack: _Pack) -> Tensor:
+    pack = _packed((*weights, *biases), len(weights))
     # By its overload, which takes torch as long to find as the packed weights take us.
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, pack.packed, pack.bias, "none", [], "")
     return out
 
 
-def _key(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, (*weights, *biases)))
-
-
-def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> _Pack:
-    """The packed form of `weights`, with their biases, made anew."""
-    key, tensors = _key(weights, biases), (*weights, *biases)
-    marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)
-    made = _Pack(marks, tuple([state_of(tensor) for tensor in tensors]), *_laid_out(weights, biases))
-    _packs[key] = made
-    return made
+def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
+    """The packed form of the first `weights` of `tensors`, the others being their biases; made anew when one of them
+    has changed since."""
+    key = tuple(map(id, tensors))
+    state = tuple([state_of(tensor) for tensor in tensors])
+    known = _packs.get(key)
+    if known is None or known.state != state or any(ref() is None for ref in known.made_from):
+        marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)
+        known = _Pack(marks, state, *_laid_out(tensors[:weights], tensors[weights:]))
+        _packs[key] = known
+    return known
 
 
 def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -212,5 +197,5 @@ def _shape(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) ->
     return rows.new_empty(*rows.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
-_library.impl("linear", _linear_of_graph, "CPU")
+_library.impl("linear", _linear, "CPU")
 torch.library.register_fake("ppd_compose::linear", _shape, lib=_library)

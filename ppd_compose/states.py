@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .replies import Reply
-from .verify import states_of, states_wanted
+from .verify import only_last, states_of, states_wanted
 
 KEPT_BYTES = 8 << 30
 
@@ -50,6 +50,6 @@ class ReplyStates:
     def _ask(self, ids: tuple[int, ...]) -> dict[int, Tensor]:
         model: Any = self.base
         # Of the output head, which this does not need, as little as the model allows.
-        last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        out = model(input_ids=torch.tensor([ids], device=model.device), **states_wanted(self.layers), **last)
+        given = torch.tensor([ids], device=model.device)
+        out = model(input_ids=given, **states_wanted(self.layers), **only_last(model))
         return states_of(out, self.layers)

@@ -85,6 +85,11 @@ def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
     return {"output_hidden_states": list(layers) if selects else True} if layers else {}
 
 
+def only_last(model: Any) -> dict[str, Any]:
+    """Keyword arguments of a forward that gives the logits of its last row only, where `model` can do that."""
+    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+
 def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """By layer the hidden states `[rows, hidden]` of the first sequence of a forward."""
     return {layer: out.hidden_states[layer][0] for layer in layers}

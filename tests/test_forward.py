@@ -290,6 +290,19 @@ def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call():
     assert torch.equal(answer(model), answer(changed))
 
 
+@needs_packing
+def test_products_of_graphs_see_weights_that_no_prefill_went_through():
+    """As of experts that no token of the prompt was sent to."""
+    layer, rows = torch.nn.Linear(8, 6, bias=False), torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    told = []
+    with torch.no_grad():
+        for change in (torch.nn.Identity(), lambda w: w.mul_(-1.5), lambda w: setattr(w, "data", w.data.flip(0))):
+            change(layer.weight)
+            told.append(torch.ops.ppd_compose.linear(rows, [layer.weight], []))
+            torch.testing.assert_close(told[-1], rows @ layer.weight.T)
+    assert not torch.equal(told[0], told[1])
+
+
 def turned(base):
     return base.model.layers[1].register_forward_hook(lambda module, args, out: -out if torch.is_tensor(out) else out)
 
