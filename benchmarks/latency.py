@@ -22,12 +22,11 @@ from transformers import Cache, DynamicCache
 
 from ppd_compose import TokenTree, compose
 from ppd_compose.bench_job import WAYS
-from ppd_compose.budget import wait
 from ppd_compose.cache import with_cache
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
 from ppd_compose.loading import DTYPES
-from ppd_compose.verify import Context, verify
+from ppd_compose.verify import Context, verify, wait
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 1024, 2048, 4096)

@@ -22,8 +22,8 @@ from shapes import base_of
 
 from ppd_compose import PromptTokens, TokenTree, compose, hookimpl
 from ppd_compose.bench_job import WAYS
-from ppd_compose.budget import wait
 from ppd_compose.environment import environment
+from ppd_compose.verify import wait
 
 ROWS = [16, 64]
 

@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+NONE = "none"  # forwards as they are, without any drafter
 NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "ablation")}
 
 
@@ -40,7 +41,7 @@ def contenders(name: str, forwards: str, pairs: bool = False) -> str:
                 f"{told['host_ms_per_step']:.1f}",
             ]
         figures = [f"{told['tokens_per_second']:.1f}", f"{told['identical']}/{told['questions']}", *figures]
-        lines.append(f"| {told['name']} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
+        lines.append(f"| {_called(told)} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
     return "\n".join(lines)
 
 
@@ -56,12 +57,16 @@ def pairs() -> str:
         listing, _, way = run["name"].partition(" ")
         if way == "compiled":
             speeds[frozenset(listing.split("+"))] = run["speedup"]
-    names = [name for drafters in speeds if len(drafters) == 1 for name in drafters]
+    names = [name for drafters in speeds if len(drafters) == 1 for name in drafters if name != NONE]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for mine in names:
         cells = [f"{speeds[frozenset([mine, other])]:.2f}" for other in names[: names.index(mine) + 1]]
         lines.append(f"| {mine} | " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
     return "\n".join(lines)
+
+
+def _called(run: Any) -> str:
+    return str(run["name"]).replace(NONE, "no drafter")
 
 
 def _is_pair(name: str) -> bool:
@@ -71,7 +76,7 @@ def _is_pair(name: str) -> bool:
 def chart() -> str:
     """Speed-ups over eager generate, with compiled forwards and of others, as a chart that Markdown viewers draw."""
     ranked = sorted((run for run in load("complete")["runs"] if not _is_pair(run["name"])), key=lambda r: -r["speedup"])
-    names = ", ".join(f'"{run["name"].removesuffix(" compiled")}"' for run in ranked)
+    names = ", ".join(f'"{_called(run).removesuffix(" compiled")}"' for run in ranked)
     speeds = ", ".join(f"{run['speedup']:.2f}" for run in ranked)
     return "\n".join(
         [

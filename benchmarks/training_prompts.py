@@ -81,10 +81,10 @@ def sharegpt(path: Path) -> tuple[list[str], list[str]]:
 
 def self_instruct(folder: Path) -> list[str]:
     prompts = []
-    for line in (folder / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (folder / "seed_tasks.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         task = json.loads(line)
         prompts.append(f"{task['instruction']}\n\n{task['instances'][0]['input']}".strip())
-    for line in (folder / "user_oriented_instructions.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (folder / "user_oriented_instructions.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         task = json.loads(line)
         prompts.append(f"{task['instruction']}\n\n{task['instances'][0]['input']}".strip())
     return [prompt for prompt in prompts if len(prompt) <= 2000]
@@ -110,7 +110,7 @@ def main(
 ) -> None:
     """Mix 45 % chats, 20 % summaries and grounded questions, 15 % mathematics, 10 % translations, and self-instruct."""
     dice = random.Random(seed)
-    math = [json.loads(line)["question"] for line in gsm8k.read_text(encoding="utf-8").splitlines()]
+    math = [json.loads(line)["question"] for line in gsm8k.read_text(encoding="utf-8").strip().split("\n")]
     questions, passages = sharegpt(chats) if chats else ([], [])
     tasks = self_instruct(instruct)
     foreign = translations(chats) if chats else []

@@ -38,15 +38,21 @@ class Picker:
     """The model's own choice after a node: processors with the node's prefix, then argmax or one draw."""
 
     def __init__(
-        self, processors: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None, keep: bool
+        self,
+        processors: LogitsProcessorList,
+        do_sample: bool,
+        generator: torch.Generator | None,
+        keeps_scores: bool,
+        keeps_logits: bool,
     ) -> None:
-        self.processors, self.do_sample, self.generator, self.keep = processors, do_sample, generator, keep
-        self.scores: list[Tensor] = []  # processed [1, vocab] float32, one for each pick, when kept
-        self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32
+        self.processors, self.do_sample, self.generator = processors, do_sample, generator
+        self.keeps_scores, self.keeps_logits = keeps_scores, keeps_logits
+        self.scores: list[Tensor] = []  # processed [1, vocab] float32, one for each pick, where kept
+        self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32, where kept
 
     def over(self, logits: Tensor, prefix: Callable[[int], Tensor]) -> Callable[[int], int]:
         """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it."""
-        if not (self.processors or self.do_sample or self.keep):
+        if not (self.processors or self.do_sample or self.keeps_scores or self.keeps_logits):
             return _argmax(logits)
         return lambda node: self._pick(logits[node][None], prefix(node))
 
@@ -55,8 +61,9 @@ class Picker:
         # Where the prompt is, as in `generate`: there the processors are, and there the draws are made.
         raw = logits.to(ids.device, torch.float32, copy=True)
         scores: Any = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, raw))
-        if self.keep:
+        if self.keeps_logits:
             self.logits.append(logits.to(ids.device, torch.float32, copy=True))
+        if self.keeps_scores:
             self.scores.append(scores)
         if not self.do_sample:
             return int(scores.argmax(-1))

@@ -43,17 +43,25 @@ class Protocol:
 
 @dataclass
 class Answered:
-    """What one contender did with one question: seconds of each round, the sequence, and its statistics."""
+    """What one contender did with one question: of each round the seconds and, where they are told, the tokens; of the
+    last one the sequence and its statistics."""
 
     category: str
     prompt_length: int
     seconds: list[float] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     stats: Stats | None = None
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
+        """Of the last round's answer."""
         return len(self.ids) - self.prompt_length
+
+    @property
+    def each(self) -> list[int]:
+        """Tokens of each round's answer."""
+        return self.lengths or [self.tokens] * len(self.seconds)
 
 
 Answers = dict[str, Answered]  # of one question, by contender
@@ -97,8 +105,9 @@ def one_round(
 
 
 def joined(rounds: Sequence[Answered]) -> Answered:
-    """One contender's answer to a question: that of the last round, with the seconds of all."""
-    return replace(rounds[-1], seconds=[seconds for answer in rounds for seconds in answer.seconds])
+    """One contender's answer to a question: that of the last round, with the seconds and tokens of all."""
+    seconds = [seconds for answer in rounds for seconds in answer.seconds]
+    return replace(rounds[-1], seconds=seconds, lengths=[tokens for answer in rounds for tokens in answer.each])
 
 
 def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
@@ -114,7 +123,7 @@ def _generated(model: Any, ids: Tensor, max_new_tokens: int, **settings: Any) ->
 
 
 def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:
-    """Figures of one contender: ratios of total tokens by total seconds, where a question counts its median round."""
+    """Figures of one contender: total tokens by total seconds, where a question counts the medians of its rounds."""
     stats = [a.stats for a in answers if a.stats is not None]
     forwards = sum(s.forwards for s in stats)
     return {
@@ -136,7 +145,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
 
 
 def _rate(answers: Sequence[Answered]) -> float:
-    return sum(a.tokens for a in answers) / sum(median(a.seconds) for a in answers)
+    return sum(median(a.each) for a in answers) / sum(median(a.seconds) for a in answers)
 
 
 def _after_prefill(answers: Sequence[Answered]) -> float:
@@ -148,10 +157,15 @@ def _after_prefill(answers: Sequence[Answered]) -> float:
 def _by_round(answers: Sequence[Answered], base: Sequence[Answered]) -> list[float]:
     """Speed-up in each round, every question counted."""
     mine, theirs = (
-        [sum(times) for times in zip(*(a.seconds for a in those), strict=True)] for those in (answers, base)
+        [
+            sum(tokens) / sum(times)
+            for tokens, times in zip(
+                zip(*(a.each for a in those), strict=True), zip(*(a.seconds for a in those), strict=True), strict=True
+            )
+        ]
+        for those in (answers, base)
     )
-    tokens = sum(a.tokens for a in answers) / sum(b.tokens for b in base)
-    return [tokens * other / own for own, other in zip(mine, theirs, strict=True)]
+    return [own / other for own, other in zip(mine, theirs, strict=True)]
 
 
 def _category(category: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:

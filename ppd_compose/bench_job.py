@@ -175,16 +175,17 @@ def _report(
 
 
 def _table(result: Mapping[str, Any]) -> Table:
-    table = Table("category", "base tok/s", title=f"{result['environment']['model']} {result['environment']['dtype']}")
-    for told in result["runs"]:
-        table.add_column(f"{told['name']}: speed-up, tokens/forward, identical")
-    for category, base in result["base"]["by_category"].items():
-        cells = [_cell(told["by_category"][category]) for told in result["runs"]]
-        table.add_row(category, f"{base['tokens_per_second']:.1f}", *cells)
+    """A row for each contender: its speed-up by category, tokens a forward, and answers identical to the base's."""
+    base, where = result["base"], result["environment"]
+    table = Table(
+        "", *base["by_category"], "all", "tokens/forward", "identical", title=f"{where['model']} {where['dtype']}"
+    )
+    speeds = [*(told["tokens_per_second"] for told in base["by_category"].values()), base["tokens_per_second"]]
+    table.add_row("generate, tokens/s", *(f"{speed:.1f}" for speed in speeds))
     table.add_section()
-    table.add_row("all", f"{result['base']['tokens_per_second']:.1f}", *map(_cell, result["runs"]))
+    for told in result["runs"]:
+        speedups = [*(told["by_category"][category]["speedup"] for category in base["by_category"]), told["speedup"]]
+        forward = f"{told['tokens_per_forward']:.2f}" if told["tokens_per_forward"] else ""
+        cells = [*(f"{speedup:.2f}x" for speedup in speedups), forward, f"{told['identical']}/{told['questions']}"]
+        table.add_row(told["name"], *cells)
     return table
-
-
-def _cell(told: Mapping[str, Any]) -> str:
-    return f"{told['speedup']:.2f}x  {told['tokens_per_forward']:.2f}  {told['identical']}/{told['questions']}"

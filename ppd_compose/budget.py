@@ -21,13 +21,13 @@ from .cache import with_cache
 from .forward import forward_of
 from .storage import write_text
 from .tree import Floats, TokenTree
-from .verify import Context, verify
+from .verify import Context, verify, wait
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
 BATCHES = 5  # of rounds at most, while they find faster forwards
 SETTLED = 0.97  # how much faster does not matter
-LARGEST = 2**20  # of rows and contexts that are believed
+LARGEST, MOST_ROWS = 2**20, 2**12  # of contexts and of rows that are believed
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         shape = (len(self.contexts), len(self.rows))
-        if any(type(n) is not int or not 0 <= n <= LARGEST for n in (*self.rows, *self.contexts)):
-            raise ValueError(
-                f"rows and contexts must be whole numbers up to {LARGEST}: {self.rows} and {self.contexts}"
-            )
+        for what, sizes, most in (("rows", self.rows, MOST_ROWS), ("contexts", self.contexts, LARGEST)):
+            if any(type(n) is not int or not 0 <= n <= most for n in sizes):
+                raise ValueError(f"{what} must be whole numbers up to {most}: {sizes}")
         table = np.asarray(self.seconds, float)
         if table.shape != shape or not len(self.rows) or self.rows[0] != 1:
             raise ValueError(
@@ -151,16 +150,9 @@ def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> fl
     """Seconds of one forward of a chain of `rows` below `filled`, which stays as it is."""
     cache = copy.deepcopy(filled)
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
-    context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
+    context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
     forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()
     verify(forward, cache, context, tree, (), {})
-    wait(model)
     return time.perf_counter() - begin
-
-
-def wait(model: PreTrainedModel) -> None:
-    """Until the device of `model` has done what it was told."""
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -39,8 +39,9 @@ def with_cache(model: object, cache: Cache) -> dict[str, Any]:
     return {cache_name(model): cache, "use_cache": True}
 
 
-def refuse_cache(cache: object) -> None:
-    """Raise `ValueError` unless every layer of `cache` can lose rows from its middle."""
+def refuse_cache(cache: object, model: PreTrainedModel) -> None:
+    """Raise `ValueError` unless every layer of `cache` can lose rows from its middle, and has the window that it has in
+    `model`."""
     advice = f"leave cache_implementation and {GENERATE_NAME} unset, or pass a DynamicCache(config=model.config)"
     keeps = "where they are unset it is the model that keeps such a state, and no composition is possible"
     if not isinstance(cache, Cache):
@@ -52,6 +53,14 @@ def refuse_cache(cache: object) -> None:
         raise ValueError(f"an offloaded KV cache cannot take a candidate tree: {advice}")
     if isinstance(cache, DynamicCache) and not cache.layers:
         raise ValueError(f"a DynamicCache without layers does not say how wide its windows are: {advice}")
+    if _windows(cache) != _windows(DynamicCache(config=model.config))[: len(cache.layers)]:
+        raise ValueError(f"the KV cache has other windows than {type(model).__name__}: {advice}")
+
+
+def _windows(cache: Cache) -> list[int | None]:
+    """By layer, how many tokens it attends to; None: all."""
+    layers: list[Any] = list(cache.layers)
+    return [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in layers]
 
 
 @contextmanager

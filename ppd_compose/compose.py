@@ -102,7 +102,8 @@ def _sharing(base: PreTrainedModel) -> Any:
     """
     kind = type(base)
     model: Any = object.__new__(type(kind.__name__, (Composed, kind), {"__module__": kind.__module__}))
-    own = {name: copy.copy(value) if type(value) in (dict, set, list) else value for name, value in vars(base).items()}
+    kinds = (dict, set, list)
+    own = {name: copy.copy(value) if isinstance(value, kinds) else value for name, value in vars(base).items()}
     own.pop("generate", None)  # a model loaded with custom_generate carries one bound to the base
     model.__dict__.update(own)
     model.generation_config = copy.deepcopy(base.generation_config)

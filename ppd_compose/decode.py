@@ -17,7 +17,7 @@ from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
-from .budget import Budget, wait
+from .budget import Budget
 from .cache import commit, recording, with_cache
 from .drafting import Drafting
 from .forward import forward_of
@@ -112,7 +112,6 @@ class Decoding:
             verified = verify(
                 self.forward, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
             )
-            wait(self.model)
         self.step.seconds = time.perf_counter() - begin
         self.take(tree, appended, verified)
 
@@ -141,7 +140,7 @@ class Decoding:
             self.step.ids.append(token)
             self.sequence.append(token)
             if self.request.streamer is not None:
-                self.request.streamer.put(torch.tensor([token]))
+                self.request.streamer.put(torch.tensor([token], device="cpu"))
             scores = tuple(self.request.picker.scores) or None
             if bool(self.request.criteria(self.sequence.all(), scores).all()):
                 self.done = True

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .identity import Identity, device_name
+from .mask import implementation
 
 PACKAGES = ("ppd_compose", "torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -32,7 +33,7 @@ def environment(model: PreTrainedModel, command: str) -> dict[str, Any]:
         "device": device_name(model),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "attention": implementation(model),
         "model": identity.name,
         "fingerprint": identity.fingerprint,
     }
@@ -47,11 +48,15 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout that this package runs from, with a mark where it was changed since."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
+    try:
+        # An environment may lie within another project's checkout, which then knows nothing of this file.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        head, changes = _git("rev-parse", "HEAD").decode().strip(), _git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None
-    changes = subprocess.run([*git, "diff", "HEAD"], capture_output=True, check=False).stdout
-    mark = f"+changes-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else ""
-    return head.stdout.strip() + mark
+    return head + (f"+changes-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
+
+
+def _git(*words: str) -> bytes:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, check=True).stdout

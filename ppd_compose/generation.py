@@ -6,6 +6,7 @@ Knows what transformers hands to a custom loop and what it drops on the way. Doe
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -133,14 +135,16 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
         sequences = Decoding(model, model.plugins, model.stats, request).run()
         if not generation_config.return_dict_in_generate:
             return sequences
-        return _output(sequences, picker, request, generation_config)
+        return _output(sequences, picker, request)
 
     return decode
 
 
 def _picker(processors: LogitsProcessorList, config: GenerationConfig, generator: torch.Generator | None) -> Picker:
-    keep = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-    return Picker(processors, bool(config.do_sample), generator, bool(keep))
+    scores, logits = (
+        bool(config.return_dict_in_generate and wanted) for wanted in (config.output_scores, config.output_logits)
+    )
+    return Picker(processors, bool(config.do_sample), generator, scores, logits)
 
 
 def _request(
@@ -154,7 +158,9 @@ def _request(
 ) -> Request:
     """Bring together what `generate` prepared; the budget is measured here, the first time."""
     if model.budget is None:
+        begin = time.time()
         model.budget = measured_budget(model)
+        _restart(criteria, time.time() - begin)
     elif model.watch is not None:
         model.budget = model.watch.kept_true(model, model.budget)
     visible = visible_columns(input_ids, config, model_kwargs)
@@ -173,6 +179,13 @@ def _request(
     )
 
 
+def _restart(criteria: StoppingCriteriaList, seconds: float) -> None:
+    """Let the time that an answer may take begin `seconds` later."""
+    for criterion in criteria:
+        if isinstance(criterion, MaxTimeCriteria):
+            criterion.initial_timestamp += seconds
+
+
 def visible_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Tensor:
     """Bool `[cached + new tokens]` on the host, False for padding.
 
@@ -182,7 +195,7 @@ def visible_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: d
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return cast(Tensor, mask[0].bool().cpu())
-    return torch.ones(getattr(config, "_mask_length", input_ids.shape[1]), dtype=torch.bool)
+    return torch.ones(getattr(config, "_mask_length", input_ids.shape[1]), dtype=torch.bool, device="cpu")
 
 
 def room(model: PreTrainedModel, input_ids: Tensor, tokens: int, config: GenerationConfig) -> int:
@@ -198,10 +211,10 @@ def room(model: PreTrainedModel, input_ids: Tensor, tokens: int, config: Generat
     return min(limits) if limits else tokens + 2**31
 
 
-def _output(sequences: Tensor, picker: Picker, request: Request, config: GenerationConfig) -> GenerateDecoderOnlyOutput:
+def _output(sequences: Tensor, picker: Picker, request: Request) -> GenerateDecoderOnlyOutput:
     return GenerateDecoderOnlyOutput(
         sequences=cast(torch.LongTensor, sequences),
-        scores=cast(Any, tuple(picker.scores)) if config.output_scores else None,
-        logits=cast(Any, tuple(picker.logits)) if config.output_logits else None,
+        scores=cast(Any, tuple(picker.scores)) if picker.keeps_scores else None,
+        logits=cast(Any, tuple(picker.logits)) if picker.keeps_logits else None,
         **cast(Any, {GENERATE_NAME: request.cache}),
     )

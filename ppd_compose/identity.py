@@ -46,7 +46,7 @@ class Identity:
         path = next(name for name, found in model.named_modules() if found is module)
         weight, name = module.weight, str(model.config.name_or_path)
         if Path(name).is_dir():
-            name = Path(name).name  # a folder of one machine tells nobody else anything
+            name = _told(Path(name))  # a folder of one machine tells nobody else anything
         return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
 
     @property
@@ -79,8 +79,8 @@ def device_name(model: PreTrainedModel) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Hash a few entries of every parameter: a fine-tune or a merged adapter is another model than its base, which the
-    fingerprint of an input embedding does not tell."""
+    """Hash a few entries of every parameter, which adapters are active, and how weights were quantised: a fine-tune or
+    a merged adapter is another model than its base, which the fingerprint of an input embedding does not tell."""
     embeddings: Any = model.get_input_embeddings()
     digest = hashlib.sha256(fingerprint(embeddings.weight).encode())
     plain = ((name, weight) for name, weight in model.named_parameters() if type(weight) is torch.nn.Parameter)
@@ -88,11 +88,32 @@ def weights_digest(model: PreTrainedModel) -> str:
         entries = parameter.detach().flatten()
         step = max(1, len(entries) // ENTRIES)
         digest.update(f"{name} {entries[::step].double().tolist()}".encode())
+    for fact in filter(None, (_active_adapters(model), str(getattr(model.config, "quantization_config", None) or ""))):
+        digest.update(str(fact).encode())
     return digest.hexdigest()[:16]
+
+
+def _active_adapters(model: PreTrainedModel) -> list[str]:
+    """Which adapters the layers of `model` compute with, how strongly, and whether they are off; nothing where there
+    are none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned: Any = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return sorted(
+        {f"{each.active_adapters} {each.disable_adapters} {getattr(each, 'scaling', None)}" for each in tuned}
+    )
+
+
+def _told(folder: Path) -> str:
+    """What a folder's model is called: its repository where it lies in the Hub's cache, else the folder's name."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def fingerprint(weight: torch.Tensor) -> str:
     """Hash 256 evenly spaced rows of `weight` `[vocab, hidden]` in bfloat16: float32 and bfloat16 loads agree."""
-    rows = torch.linspace(0, weight.shape[0] - 1, FINGERPRINT_ROWS).long().to(weight.device)
+    rows = torch.linspace(0, weight.shape[0] - 1, FINGERPRINT_ROWS, device="cpu").long().to(weight.device)
     sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -61,27 +62,33 @@ class Taught:
 
 
 def run(
-    module: Module, recipe: Recipe, folder: Path, replies: Sequence[Reply], step: Callable[[Module, int], Taught]
+    module: Module,
+    recipe: Recipe,
+    folder: Path,
+    replies: Sequence[Reply],
+    step: Callable[[Module, int], Taught],
+    also: Mapping[str, Any] | None = None,
 ) -> Module:
     """Train the parameters of `module` that want gradients, resuming from the newest checkpoint in `folder`.
 
     `step(module, number)` gives the loss of batch `number`, counted from 0 over all processes. The same recipe and
     data give the same parameters on the same machine, whether or not the run was interrupted. `replies` are what
-    the steps learn from.
+    the steps learn from, `also` what else decides what comes out, as plain data.
     Raises `ValueError` when `folder` holds checkpoints of another recipe, of other replies or of another beginning.
     """
     set_seed(recipe.seed)
-    accelerator = Accelerator()
+    accelerator = Accelerator(device_placement=False)  # see `placed`
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
+    processes = accelerator.num_processes  # a prepared schedule takes a step for each
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup * processes, recipe.steps * processes)
     model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
-    facts = {**asdict(recipe), "begun_with": _digest(trained, replies)}
+    facts = {**asdict(recipe), **(also or {}), "begun_with": _digest(trained, replies)}
     done = _resume(accelerator, folder, facts)
     with _progress() as bar:
         task = bar.add_task("training", total=recipe.steps, completed=done)
         for number in range(done, recipe.steps):
-            taught = step(model, number * accelerator.num_processes + accelerator.process_index)
+            taught = step(model, number * processes + accelerator.process_index)
             accelerator.backward(taught.loss)
             accelerator.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -95,8 +102,8 @@ def run(
 
 @contextmanager
 def frozen(base: Any) -> Iterator[None]:
-    """The base on the device of this process, without gradients and in evaluation mode; afterwards as it was, there."""
-    base.to(PartialState().device)
+    """The base `placed`, without gradients and in evaluation mode; afterwards as it was, there."""
+    placed(base)
     trainable = [p for p in base.parameters() if p.requires_grad]
     training = base.training
     base.eval()
@@ -108,6 +115,12 @@ def frozen(base: Any) -> Iterator[None]:
         base.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def placed(model: Any) -> Any:
+    """`model` where this process trains: where it is, or of several processes on a device of its own."""
+    state = PartialState()
+    return model.to(state.device) if state.num_processes > 1 else model
 
 
 def within_window(recipe: AnyRecipe, model: PreTrainedModel, ahead: int) -> AnyRecipe:
@@ -145,10 +158,17 @@ def dice_of(recipe: Recipe, number: int) -> torch.Generator:
 
 
 def usable(replies: Sequence[Reply], recipe: Recipe, ahead: int) -> list[Reply]:
-    """Those of `replies` with a position to learn from; none is a `ValueError`."""
+    """Those of `replies` with a position to learn from, warning when fewer than half are; none is a `ValueError`."""
     found = [reply for reply in replies if points_of(reply, recipe, ahead)]
+    many = "none" if not found else f"only {len(found)}"
+    told = (
+        f"{many} of {len(replies)} replies can be used: {ahead + 1} tokens of a reply must lie within the first "
+        f"{recipe.max_length} of prompt and reply (max_length)"
+    )
     if not found:
-        raise ValueError(f"none of {len(replies)} replies is longer than {ahead + 2} tokens")
+        raise ValueError(f"{told}: give other prompts, or a larger max_length where the base allows it")
+    if 2 * len(found) < len(replies):
+        warnings.warn(told, stacklevel=3)
     return found
 
 

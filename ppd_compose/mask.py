@@ -19,15 +19,20 @@ def attention_mask(model: PreTrainedModel, see: Tensor) -> Tensor:
 
     sdpa takes it as it is; eager adds it to the scores and would read a bool as 0 and 1.
     """
-    if model.config._attn_implementation == "sdpa":
+    if implementation(model) == "sdpa":
         return see
     hidden = torch.finfo(model.dtype).min
     return torch.zeros(see.shape, dtype=model.dtype, device=see.device).masked_fill(~see, hidden)
 
 
+def implementation(model: PreTrainedModel) -> str:
+    """How the text layers of `model` compute attention: where it has others too, those may do otherwise."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
 def refuse_attention(model: PreTrainedModel) -> None:
     """Raise `ValueError` for an attention implementation that takes no tree mask."""
-    given = model.config._attn_implementation
+    given = implementation(model)
     if given not in IMPLEMENTATIONS:
         raise ValueError(
             f"attn_implementation={given!r} takes no tree mask: load the base with "

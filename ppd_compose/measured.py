@@ -19,6 +19,7 @@ from .budget import MEASURED_ROWS, Budget
 from .forward import forward_of
 from .hookspecs import hookimpl
 from .identity import Identity, device_name
+from .mask import implementation
 from .step import Step
 from .storage import cache_folder
 
@@ -76,13 +77,14 @@ class Watch:
     def kept_true(self, model: PreTrainedModel, budget: Budget) -> Budget:
         """`budget`, the measured one of `model`, or a corrected one, kept from now on, where they disagree."""
         ratios: dict[int, list[float]] = defaultdict(list)
-        for rows, _, relative in self.latest:
+        latest = list(self.latest)  # another thread may add to it meanwhile
+        for rows, _, relative in latest:
             ratios[rows].append(relative)
         typical = {rows: median(mine) for rows, mine in ratios.items() if len(mine) >= ENOUGH}
         if len(typical) < 2 or max(typical.values()) < TOLERANCE * min(typical.values()):
             return budget
         most = max(typical, key=lambda rows: len(ratios[rows]))  # the size by which all others are scaled
-        level = median(ratio for rows, ratio, _ in self.latest if rows == most) / typical[most]
+        level = median(ratio for rows, ratio, _ in latest if rows == most) / typical[most]
         self.latest.clear()
         budget = budget.corrected({rows: level * relative for rows, relative in typical.items()})
         with suppress(OSError):  # a cache that cannot be written is no reason not to decode
@@ -103,7 +105,7 @@ def _path(model: PreTrainedModel) -> Path:
         device,
         str(model.dtype),
         kinds,
-        model.config._attn_implementation,
+        implementation(model),
         threads,
         forward_of(model).kind,
         MEASURED_ROWS,

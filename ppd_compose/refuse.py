@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
@@ -57,6 +58,21 @@ def _refuse_layers(base: PreTrainedModel) -> None:
             f"{type(base).__name__} embeds every token once more for each layer, which rows with embeddings of their "
             "own lack: no composition is possible"
         )
+    if any(_is_mask(buffer) for buffer in base.buffers()):
+        raise ValueError(
+            f"{type(base).__name__} has a causal mask of its own, which tells rows by their place in a forward and not "
+            "by their position: no composition is possible"
+        )
+    if (getattr(base, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"this {type(base).__name__} is split over processes, each of which would time its forwards and choose its "
+            "rows for itself: load it without tp_plan"
+        )
+
+
+def _is_mask(buffer: Tensor) -> bool:
+    """Whether it is shaped as attention reads a mask, `[1, 1, positions, positions]`."""
+    return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
 def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig | None) -> None:
@@ -92,12 +108,18 @@ def refuse_request(
     if config.use_cache is False:
         raise ValueError(f"use_cache=False leaves nothing to verify a tree against: leave it unset, or {BASE}")
     _refuse_input(model, input_ids, config, model_kwargs)
-    refuse_cache(model_kwargs.get(GENERATE_NAME))
+    refuse_cache(model_kwargs.get(GENERATE_NAME), model)
     for processor in processors:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise ValueError(f"{type(processor).__name__} keeps state from token to token: {BASE}")
-    if unknown := sorted(name for name, value in model_kwargs.items() if name not in PREPARED and value is not None):
+    # Where a model takes images too, `generate` tells that there are none.
+    given = {name: value for name, value in model_kwargs.items() if value is not None and not _is_empty(value)}
+    if unknown := sorted(given.keys() - PREPARED):
         raise ValueError(f"a composed model does not pass {', '.join(unknown)} to the forward: {BASE}")
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, dict | list | tuple) and not value
 
 
 def _refuse_mode(config: GenerationConfig) -> None:
@@ -128,6 +150,8 @@ def _refuse_input(
             "least one token that is not cached, or the new tokens with an attention_mask for the whole sequence"
         )
     mask: Any = model_kwargs.get("attention_mask")
+    if mask is not None and not mask[0, -1]:
+        raise ValueError("the prompt ends in padding, which a text cannot go on from: pad on the left, or not at all")
     tokens = cached + new if mask is None else int(mask[0].sum())
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:

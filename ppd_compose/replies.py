@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from transformers import PreTrainedModel
 
 from .identity import weights_digest
 from .storage import write_text
+
+# Of a generation config what a greedy generation does not heed, or is given by the caller.
+UNHEEDED = {
+    "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length",
+    "max_new_tokens", "use_cache", "output_attentions", "output_hidden_states",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,9 @@ def own_replies(
 ) -> list[Reply]:
     """Greedy replies of `model` to `prompts` (token ids), in the order of `prompts`.
 
-    Batches are written to `folder` one file each, under a key of weights, dtype and length, so that an interrupted
-    call goes on where it stopped and prompts added later cost only themselves. Prompts of like length share a batch.
+    Batches are written to `folder` one file each, under a key of weights, dtype, length and what else decides a greedy
+    generation, so that an interrupted call goes on where it stopped and prompts added later cost only themselves.
+    Prompts of like length share a batch.
     """
     cache = folder / _key(model, max_new_tokens)
     known = _known(cache)
@@ -61,13 +70,18 @@ def own_replies(
 
 def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:
     """The replies that `cache` holds already, by prompt."""
-    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(cache.glob("*.json"))]
-    return {tuple(prompt): reply for made in files for prompt, reply in made}
+    known: dict[tuple[int, ...], list[int]] = {}
+    for file in sorted(cache.glob("[!.]*.json")):  # the name of one that is being written begins with a dot
+        with suppress(ValueError):  # what cannot be read is made again
+            known |= {tuple(prompt): reply for prompt, reply in json.loads(file.read_text(encoding="utf-8"))}
+    return known
 
 
 def _key(model: PreTrainedModel, length: int) -> str:
-    text = json.dumps([weights_digest(model), _eos(model), str(model.dtype), length])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    config = model.generation_config.to_diff_dict()
+    heeded = {name: value for name, value in sorted(config.items()) if name not in UNHEEDED}
+    facts = [weights_digest(model), _eos(model), str(model.dtype), length, *([heeded] if heeded else [])]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
+from torch import Tensor
 
 
 def folder_of(
@@ -54,6 +56,13 @@ def asking_the_hub(repo: str, revision: str | None) -> Iterator[None]:
         raise kind(
             f"{where}: {error}; check the name, what the token may see (hf auth login) and the connection"
         ) from error
+
+
+def lies_whole(tensor: Tensor) -> bool:
+    """Whether every entry of `tensor` has a place of its own in memory: a pickle of kilobytes may hold one that repeats
+    an entry, and takes gigabytes as soon as anything is computed of it."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Knows how to write under a temporary name and rename. Does not know what is writ
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +23,13 @@ def cache_folder() -> Path:
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it replaces `target`, on any error it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    staging = Path(name)
+    staging = _beside(target)
+    staging.touch(exist_ok=False)
+    mode = staging.stat().st_mode  # by the user's own mask, which not every writer heeds
     try:
         yield staging
+        staging.chmod(mode)
         _sync(staging)
-        staging.chmod(0o644)
         staging.replace(target)
     finally:
         staging.unlink(missing_ok=True)
@@ -39,13 +39,13 @@ def staged_file(target: Path) -> Iterator[Path]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success it becomes `target`, which must not exist yet."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staging = _beside(target)
+    staging.mkdir()
     try:
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
                 _sync(path)
-        staging.chmod(0o755)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -55,6 +55,11 @@ def write_text(target: Path, text: str) -> None:
     """Replace `target` by `text` (UTF-8)."""
     with staged_file(target) as staging:
         staging.write_text(text, encoding="utf-8")
+
+
+def _beside(target: Path) -> Path:
+    """A name that nobody has, with the suffix of `target`."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{target.suffix}")
 
 
 def _sync(path: Path) -> None:

@@ -50,7 +50,7 @@ def train_prompt_tokens(
 
     Training begins at `start` `[n, v, hidden]`, or near the mean of the base's embeddings.
 
-    The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
+    The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same rows, whether or not the run was interrupted.
     Raises `ValueError` when no reply, or none held out, is long enough, or `start` has another shape than the recipe.
     """

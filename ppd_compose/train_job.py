@@ -58,7 +58,7 @@ def train_ppd(
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     prompt = PromptTokens(trained.embeddings, trained.accuracy, identity, facts)
     prompt.save_pretrained(out)
-    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
     return prompt
 
 
@@ -70,8 +70,9 @@ def split_replies(
     reply_tokens: int,
     reply_batch: int,
 ) -> tuple[list[Reply], list[Reply]]:
-    """The base's own replies to train on, and those of the last `held_out` prompts (at most a tenth)."""
-    ids = [encode(tokenizer, prompt.turns[0]) for prompt in prompts]
+    """The base's own replies to train on, and those of the last `held_out` prompts (at most a tenth); a prompt that is
+    given twice counts once."""
+    ids = list(dict.fromkeys(tuple(encode(tokenizer, prompt.turns[0])) for prompt in prompts))
     with Progress() as progress:
         replies = own_replies(
             base, ids, cache_folder() / "replies",

@@ -59,7 +59,7 @@ def verify(
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
     `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
-    at the end and are seen by none.
+    at the end and are seen by none. Waits for the device: whatever breaks that off leaves `cache` as it was.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
@@ -73,9 +73,16 @@ def verify(
             **states_wanted(layers),
             **kwargs,
         )
+        wait(forward.model)
     count(cache, sum(sizes) + idle)
     logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
     return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + idle)
+
+
+def wait(model: Any) -> None:
+    """Until the device of `model` has done what it was told."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
 
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:

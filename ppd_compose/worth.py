@@ -49,7 +49,7 @@ class Worth:
 
     def judge(self, step: Step, gained: Sequence[float]) -> None:
         """Book what the answers of this step are worth: `gained` by drafter, as `added` tells."""
-        for ledger in self.ledgers.values():
+        for ledger in list(self.ledgers.values()):  # another thread may add one meanwhile
             ledger.forget()
         index, promises = step.memory.pop(self, (0, {}))
         for source, promised in promises.items() if index == step.index - 1 else ():

@@ -12,7 +12,7 @@ from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import compose
-from ppd_compose.bench import Answered, Protocol, divergence, summarise
+from ppd_compose.bench import Answered, Protocol, divergence, joined, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
 from ppd_compose.packed import can_pack
@@ -47,6 +47,14 @@ def test_what_drafters_can_change_is_told_apart_from_the_prefill():
     mine, theirs = Answered("qa", 1, [2.0, 1.5], list(range(10)), stats), Answered("qa", 1, [3.0, 3.0], list(range(10)))
     assert summarise("mine", [mine], [theirs])["tokens_per_second_after_prefill"] == 9 / (1.5 - 0.5)
     assert summarise("theirs", [theirs], [theirs])["tokens_per_second_after_prefill"] == 0
+
+
+def test_tokens_and_seconds_of_rounds_whose_answers_differ():
+    rounds = [Answered("qa", 1, [seconds], list(range(1 + n))) for seconds, n in ((2.0, 10), (4.0, 30), (1.0, 2))]
+    mine, base = joined(rounds), Answered("qa", 1, [2.0, 2.0, 2.0], list(range(11)))
+    told = summarise("mine", [mine], [base])
+    assert told["tokens_per_second"] == 10 / 2.0  # medians, each of all rounds
+    assert told["speedup_by_round"] == [1.0, 1.5, 0.4]
 
 
 def test_questions_are_spread_evenly_and_the_subjects_of_mt_bench_are_one_category():

@@ -66,7 +66,14 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_until_it_is_quiet(monkey
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"rows": [1]}', json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]})]
+    "text",
+    [
+        "",
+        "[]",
+        '{"rows": [1]}',
+        json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]}),
+        json.dumps({"rows": [1, 2**20], "contexts": [0], "seconds": [[1, 1]]}),
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "budget.json"

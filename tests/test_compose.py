@@ -2,11 +2,12 @@
 
 import copy
 import string
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
+from tiny import FAMILIES, Oracle, continuing, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -14,6 +15,11 @@ from tokenizers.pre_tokenizers import Split
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
@@ -22,8 +28,9 @@ from transformers import (
     pipeline,
 )
 
-from ppd_compose import Budget, PromptTokens, compose, hookimpl
+from ppd_compose import Budget, PromptTokens, compose, generation, hookimpl
 from ppd_compose.cache import GENERATE_NAME
+from ppd_compose.measured import measured_budget
 
 
 def tokenizer():
@@ -51,6 +58,7 @@ def test_the_base_is_left_as_it_was():
     model = compose(base, prompt_tokens(3, 2), budget=32)
     model.generate(prompt(), max_new_tokens=20, do_sample=False)
     model.something, model.generation_config.top_k = 1, 7
+    model.register_forward_hook(lambda *_: pytest.fail("a hook of the composition ran"))
     assert set(vars(base)) == names
     assert {name: set(vars(module)) for name, module in base.named_modules()} == inner
     assert base.config.to_dict() == config
@@ -164,6 +172,9 @@ def test_batches_empty_prompts_and_prompts_too_long_are_refused():
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=5)
     with pytest.raises(ValueError, match="161 tokens, LlamaForCausalLM takes 160"):
         model.generate(prompt(161), max_new_tokens=5)
+    padded = torch.tensor([[1] * 10 + [0] * 2])
+    with pytest.raises(ValueError, match="ends in padding"):
+        model.generate(prompt(), attention_mask=padded, max_new_tokens=5)
     cached = model.generate(prompt(), max_new_tokens=5, return_dict_in_generate=True, do_sample=False)
     with pytest.raises(ValueError, match=f"{GENERATE_NAME} holds 16 tokens"):
         model.generate(cached.sequences[:, :10], **continuing(cached), max_new_tokens=5)
@@ -190,6 +201,16 @@ def test_bases_that_cannot_verify_a_tree_are_refused():
         compose(embedded)
     with pytest.raises(ValueError, match="a composition already: compose its own base"):
         compose(compose(tiny(), budget=4), "lookup")
+    neo = GPTNeoConfig(
+        vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64, window_size=16, attn_implementation="eager",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="by their place in a forward"):
+        compose(GPTNeoForCausalLM(neo))
+    split = tiny()
+    split._tp_size = 2
+    with pytest.raises(ValueError, match="split over processes"):
+        compose(split)
     flash = tiny()
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
@@ -246,3 +267,41 @@ def test_a_drafter_that_cannot_be_a_key_is_refused():
 def test_prompt_tokens_for_another_base_name_both():
     with pytest.raises(ValueError, match=r"hidden size 16.*hidden 32"):
         compose(tiny(), PromptTokens(torch.zeros(1, 1, 16)))
+
+
+def test_attention_is_that_of_the_text_layers_where_others_compute_otherwise():
+    text = {**FAMILIES["gemma3"][1], "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4}, mm_tokens_per_image=4,
+        image_token_index=60, boi_token_index=59, eoi_token_index=58, attn_implementation={"text_config": "eager"},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = Gemma3ForConditionalGeneration(config).eval().double()
+    base.generation_config = GenerationConfig(pad_token_id=0)
+    assert (base.config._attn_implementation, base.config.text_config._attn_implementation) == ("sdpa", "eager")
+    ids = prompt(20).clamp(max=50)
+    expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    model = compose(base, Oracle(expected[0].tolist()), budget=12)
+    assert torch.equal(
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False), expected
+    )
+    config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        compose(base)
+
+
+def test_time_is_what_decoding_takes_and_not_what_measuring_took(monkeypatch):
+    def measured(model):
+        time.sleep(3.5)
+        return Budget.flat(8)
+
+    monkeypatch.setattr(generation, "measured_budget", measured)
+    model = compose(tiny(), prompt_tokens())
+    assert model.generate(prompt(), max_new_tokens=4, max_time=3, do_sample=False).shape[1] == 12 + 4
+
+
+def test_a_default_device_elsewhere_is_not_where_the_host_works():
+    base = tiny()
+    with torch.device("meta"):
+        assert measured_budget(base).max_rows == 64

@@ -614,6 +614,14 @@ def test_killed_at_any_step_it_resumes_to_the_same_weights(tmp_path, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_checkpoint_of_another_shared_token_is_refused(tmp_path):
+    mine, (draft, recipe) = replies(tiny(dtype=torch.float32)), pupil()
+    train_parallel(draft, 60, mine, [], recipe, tmp_path)
+    again, _ = pupil()
+    with pytest.raises(ValueError, match="another recipe"):
+        train_parallel(again, 59, mine, [], recipe, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

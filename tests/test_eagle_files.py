@@ -374,3 +374,12 @@ def test_the_hub_is_asked_for_safetensors_first(tmp_path, monkeypatch):
     as_bin(tmp_path)
     read_head("someone/head")
     assert "pytorch_model*.bin" in asked[-1][3]
+
+
+def test_a_pickle_that_repeats_an_entry_is_refused_before_it_takes_its_memory(tmp_path):
+    saved(tmp_path, 1)
+    held = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({**held, min(held): torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="promises more entries than the file holds"):
+        read_head(tmp_path)

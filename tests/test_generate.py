@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ppd_compose import compose, inplace
+from ppd_compose import compose, inplace, verify
 from ppd_compose.cache import GENERATE_NAME, with_cache
 
 
@@ -279,6 +279,56 @@ def test_a_forward_that_breaks_off_leaves_a_cache_to_go_on_from(family, length):
     settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
     expected = base.generate(said(streamer), **settings)
     assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_an_interrupt_while_the_device_works_leaves_a_cache_to_go_on_from(family, monkeypatch):
+    base, model, _ = pair(family)
+    cache, streamer, waits = DynamicCache(config=base.config), Recorder(), []
+
+    def interrupted(*_):
+        waits.append(1)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt(30), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
+    assert cache.get_seq_length() == said(streamer).shape[1] - 1
+    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(said(streamer), **settings)
+    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_cache_that_knows_no_windows_is_refused_where_the_base_has_some(family):
+    base, model, ids = pair(family)
+    cache = DynamicCache()
+    with torch.no_grad():
+        base(ids[:, :-1], **with_cache(base, cache))
+    with pytest.raises(ValueError, match=r"other windows than .*DynamicCache\(config=model.config\)"):
+        model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=5, do_sample=False)
+
+
+def test_a_cache_without_a_config_serves_a_base_without_windows():
+    base, model, ids = pair()
+    cache = DynamicCache()
+    with torch.no_grad():
+        base(ids[:, :-1], **with_cache(base, cache))
+    expected = base.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_only_what_is_asked_for_is_kept_and_told():
+    _, model, ids = pair()
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    for asked, scores, logits in (("output_logits", False, True), ("output_scores", True, False)):
+        seen = []
+        watch = StoppingCriteriaList([lambda ids, scores, seen=seen: seen.append(scores) or torch.zeros(1).bool()])
+        told = model.generate(ids, **settings, **{asked: True}, stopping_criteria=watch)
+        assert ((told.scores is not None), (told.logits is not None)) == (scores, logits)
+        assert all((given is not None) == scores for given in seen)
 
 
 def test_a_cache_that_finds_no_room_is_left_as_transformers_made_it(monkeypatch):

@@ -15,7 +15,7 @@ ORDER = [
     "grouped", "forward", "verify", "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "sources", "paired", "drafters", "stats", "measured", "drafting", "decode",
     "refuse", "saved", "generation", "compose", "reopened", "testing", "reference", "adapter", "peft_method", "card",
-    "hub", "top", "prompt", "offline", "prompts", "replies", "loop",
+    "hub", "top", "finish", "prompt", "offline", "prompts", "replies", "loop",
     "states", "distill", "train", "train_job", "environment", "demo_base", "loading", "options", "hub_commands",
     "questions", "bench", "journal", "trace", "bench_job", "report", "profile", "answer", "demo", "train_command",
     "cli", "__main__",

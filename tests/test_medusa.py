@@ -99,9 +99,11 @@ def test_greedy_tokens_are_those_of_generate(family, kind):
         assert model.stats.candidates["medusa"].total() > 0
 
 
-def test_a_head_that_adds_nothing_repeats_the_bases_own_guess():
-    """Of the hidden state after the last accepted token: every distance guesses what the root was picked from."""
-    base = tiny()
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_head_that_adds_nothing_repeats_the_bases_own_guess(family):
+    """Of the hidden state after the last accepted token: every distance guesses what the root was picked from, and with
+    the same chance."""
+    base = tiny(family)
     zero = Heads(torch.zeros(2, 1, 32, 32))
     drafter = MedusaHeads(zero)
     seen = []
@@ -704,3 +706,14 @@ def test_the_command_trains_and_writes_a_card(tmp_path):
     assert card.startswith("---\nbase_model: base\n")
     assert "| head | top 1 | top 2 | top 3 | top 5 | top 10 |" in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_pickle_that_repeats_an_entry_is_refused_before_it_takes_its_memory(tmp_path):
+    heads = random_heads(outputs=1)
+    MedusaHeads(heads).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "medusa_lm_head.safetensors")
+    (tmp_path / "medusa_lm_head.safetensors").unlink()
+    name = next(iter(held))
+    torch.save({**held, name: torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(ValueError, match="promises more entries than the file holds"):
+        MedusaHeads.from_pretrained(tmp_path)

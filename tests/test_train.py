@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, PeftModel
+from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
 
-from ppd_compose import compose
+from ppd_compose import compose, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import PromptRecipe, make_batch, train_prompt_tokens
+from ppd_compose.train_job import split_replies
 
 RECIPE = PromptRecipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
 
@@ -149,7 +155,7 @@ def test_replies_of_a_fine_tune_are_not_those_of_its_base(tmp_path):
 
 def test_without_a_held_out_reply_that_tells_accuracies_nothing_is_trained(tmp_path):
     base = tiny(dtype=torch.float32)
-    with pytest.raises(ValueError, match="none of 1 replies is longer"):
+    with pytest.raises(ValueError, match="none of 1 replies can be used"):
         train_prompt_tokens(base, replies(base), [Reply([1, 2], [3])], RECIPE, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -193,6 +199,84 @@ def test_own_replies_are_those_of_generate_and_are_made_once(tmp_path, monkeypat
     assert own_replies(tiny(seed=1, eos=9), asked, tmp_path, max_new_tokens=12, batch_size=3) != made
 
 
+def test_replies_that_were_being_written_or_cannot_be_read_are_made_again(tmp_path):
+    base, asked = tiny(), [prompt(5 + i, i)[0].tolist() for i in range(4)]
+    made = own_replies(base, asked, tmp_path, max_new_tokens=12, batch_size=2)
+    first, second = sorted(tmp_path.glob("*/*.json"))
+    first.write_text(first.read_text()[:-9])
+    second.rename(second.with_name(f".{second.name}.0123.json")).write_text("")  # as a kill leaves it
+    assert own_replies(base, asked, tmp_path, max_new_tokens=12, batch_size=2) == made
+
+
+def test_replies_of_other_settings_are_not_those_without(tmp_path):
+    base, other, asked = tiny(), tiny(), [prompt()[0].tolist()]
+    other.generation_config.repetition_penalty = 5.0
+    mine, theirs = (own_replies(model, asked, tmp_path, max_new_tokens=12)[0] for model in (base, other))
+    whole = other.generate(prompt(), attention_mask=torch.ones(1, 12), max_new_tokens=12, do_sample=False)
+    assert theirs.ids == whole[0].tolist() != mine.ids
+    other.generation_config.repetition_penalty, other.generation_config.temperature = None, 0.3
+    assert own_replies(other, asked, tmp_path, max_new_tokens=12)[0] == mine  # which no greedy generation heeds
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_replies_of_one_adapter_are_not_those_of_another(tmp_path):
+    lora, told = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False), []
+    tuned = PeftModel(tiny(), lora, "a")
+    tuned.add_adapter("b", lora)
+    base = tuned.get_base_model()
+    for name in "ab":
+        tuned.set_adapter(name)
+        told.append(own_replies(base, [prompt()[0].tolist()], tmp_path, max_new_tokens=12)[0].ids)
+        whole = base.generate(prompt(), attention_mask=torch.ones(1, 12), max_new_tokens=12, do_sample=False)
+        assert told[-1] == whole[0].tolist()
+    assert told[0] != told[1]
+
+
+def test_a_prompt_that_is_given_twice_counts_once():
+    asked = [Prompt((text,)) for text in ("abc", "de", "abc", "fgh", "de")]
+    learnt, held = split_replies(tiny(), tokenizer(), asked, 1, 4, 4)
+    assert [len(learnt), len(held)] == [2, 1]
+    assert len({tuple(reply.prompt) for reply in [*learnt, *held]}) == 3
+
+
+def test_training_happens_where_the_base_is(tmp_path, monkeypatch):
+    """Not on the device that accelerate would take, here one that cannot compute."""
+    base = tiny(dtype=torch.float32)
+    mine = replies(base)
+    expected = train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path / "here").embeddings
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
+    made = train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path / "there").embeddings
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert base.device.type == "cpu"
+    assert torch.equal(made, expected)
+
+
+def test_the_rate_falls_to_zero_at_the_last_step_of_several_processes_too(tmp_path, monkeypatch):
+    base, rates = tiny(dtype=torch.float32), []
+    mine = replies(base)
+    PartialState()._shared_state["num_processes"] = 2  # as far as schedules can tell
+    tell = loop._tell
+    monkeypatch.setattr(loop, "_tell", lambda *told: rates.append(schedules[0].get_last_lr()[0]) or tell(*told))
+    schedules, make = [], loop.get_cosine_schedule_with_warmup
+    monkeypatch.setattr(
+        loop, "get_cosine_schedule_with_warmup", lambda *given: schedules.append(make(*given)) or schedules[-1]
+    )
+    train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0)
+    assert rates[-2] > 0
+
+
+def test_replies_that_reach_too_far_are_told(tmp_path):
+    base = tiny(dtype=torch.float32)
+    short, far = replies(base, 1), [Reply(prompt(140, seed)[0].tolist(), [5] * 14) for seed in range(3)]
+    recipe = replace(RECIPE, max_length=64)
+    with pytest.warns(UserWarning, match=r"only 1 of 4 replies can be used: .* first 64 of prompt and reply"):
+        train_prompt_tokens(base, [*short, *far], short, recipe, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -214,8 +298,14 @@ def test_a_malformed_prompt_file_names_the_line(tmp_path, text, message):
 
 def test_prompts_of_both_forms(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + json.dumps({"turns": ["b", "c"], "category": "qa", "question_id": 7}))
+    path.write_text('{"prompt": "a"}\r\n' + json.dumps({"turns": ["b", "c"], "category": "qa", "question_id": 7}))
     assert read_prompts(path) == [Prompt(("a",)), Prompt(("b", "c"), "qa")]
+
+
+def test_line_breaks_of_other_kinds_may_stand_in_a_prompt(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b\u0085c"}\n{"prompt": "d"}\n', encoding="utf-8")
+    assert read_prompts(path) == [Prompt(("a\u2028b\u0085c",)), Prompt(("d",))]
 
 
 def test_encode_uses_the_chat_template_where_there_is_one():

@@ -38,6 +38,7 @@ FAMILIES = {
         {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
     ),
     "olmo2": ("Olmo2", GROUPED),
+    "granite": ("Granite", {**GROUPED, "logits_scaling": 4.0}),
     "smollm3": ("SmolLM3", {**GROUPED, "pad_token_id": 0, "no_rope_layers": [1, 0, 1]}),
 }
 CLASSES = {"GPT2": "GPT2LMHeadModel"}

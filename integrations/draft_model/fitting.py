@@ -24,7 +24,7 @@ def refuse_draft(draft: PreTrainedModel) -> None:
     try:
         refuse_base(draft)
         refuse_attention(draft)
-        refuse_cache(DynamicCache(config=draft.config))
+        refuse_cache(DynamicCache(config=draft.config), draft)
     except (TypeError, ValueError) as error:
         raise type(error)(f"the draft model cannot draft: {error}") from None
     if draft.device.type == "meta":

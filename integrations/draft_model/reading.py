@@ -128,10 +128,10 @@ class Reading:
         """Position ids and mask of the rows behind those looked at already; a mere chain needs no mask."""
         old, rows = len(self.parents), np.asarray(parents, np.int64)
         if np.array_equal(rows, np.arange(ROOT, len(rows) - 1)):
-            return {"position_ids": self._standing(torch.arange(old, len(rows)))}
+            return {"position_ids": self._standing(torch.arange(old, len(rows), device="cpu"))}
         see = torch.from_numpy(ancestors(rows))
         depths = see.sum(1) - 1
-        columns = torch.cat([torch.arange(-self.length, 0), depths])
+        columns = torch.cat([torch.arange(-self.length, 0, device="cpu"), depths])
         see = torch.cat([see.new_ones(len(rows) - old, self.length), see[old:]], dim=1)
         apart = depths[old:, None] - columns
         masks = {

@@ -150,7 +150,7 @@ def train_parallel(
         return taught
 
     # Without dropout: an interrupted run must come to the same weights.
-    module = run(ParallelDraft(draft.eval(), token, recipe), recipe, checkpoints, mine, step)
+    module = run(ParallelDraft(draft.eval(), token, recipe), recipe, checkpoints, mine, step, {"token": token})
     return evaluate(module, held_out, recipe)
 
 

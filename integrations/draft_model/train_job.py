@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppd_compose.loop import placed
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
 from ppd_compose.train_job import split_replies, training_facts
@@ -73,7 +74,7 @@ def train_pard(
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
     found = load_draft(folder, dtype=torch.float32)
-    model, own = found.model, found.tokenizer
+    model, own = placed(found.model.to(base.device)), found.tokenizer
     refuse_draft(model)
     compare_vocabularies(model, base, own)
     known = None if token is not None else shared_token(model.config)
@@ -89,7 +90,7 @@ def train_pard(
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"
     _write(cast(Any, model).to(base.dtype), folder, tokenizer, out, _card(names, made, facts))
-    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
     return made
 
 

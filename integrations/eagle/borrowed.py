@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ppd_compose.finish import PLAIN, Finish
 from ppd_compose.packed import is_packed, pack_layers, product
 
 from .head import Head
@@ -26,8 +27,7 @@ class OutputHead:
 
     weight: Tensor  # [draft vocab, hidden]
     bias: Tensor | None = None  # [draft vocab]
-    scale: float = 1.0
-    cap: float | None = None
+    finish: Finish = PLAIN
     packed: bool = False  # by a packed copy of the weight
 
     @classmethod
@@ -44,12 +44,8 @@ class OutputHead:
                 f"the output head of {type(model).__name__} is {type(module).__name__}, not a matrix of floats whose "
                 "rows a draft head can use: load the base with its output head not quantised"
             )
-        config: Any = model.config.get_text_config()
         bias = getattr(module, "bias", None)
-        # What bases do to the logits after their output head: Cohere, Granite and Gemma name it so.
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cls(_rows(weight, ids), None if bias is None else _rows(bias, ids), float(scale), cap)
+        return cls(_rows(weight, ids), None if bias is None else _rows(bias, ids), Finish.of(model))
 
     def to(self, like: Tensor) -> OutputHead:
         """The same in the dtype and on the device of `like`."""
@@ -59,8 +55,7 @@ class OutputHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, draft vocab]` float32 of `hidden` `[rows, hidden]`."""
         multiplied = product if self.packed else nn.functional.linear
-        logits = multiplied(hidden, self.weight, self.bias).float() * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return self.finish(multiplied(hidden, self.weight, self.bias).float())
 
 
 def _rows(weight: Tensor, ids: Tensor | None) -> Tensor:

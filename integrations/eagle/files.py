@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppd_compose.identity import Identity
 from ppd_compose.paired import CARD, read_pair
-from ppd_compose.sources import folder_of, read_shards
+from ppd_compose.sources import folder_of, lies_whole, read_shards
 
 from .config import OWN, EagleConfig, parse
 from .head import CONFIG, D2T, EMBEDDING, FORMAT, INDEX, KIND, LM_HEAD, T2D, TENSORS, Head
@@ -126,6 +126,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the head again") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{path} holds other things than tensors by name: it is no EAGLE head")
+    if repeated := [name for name, tensor in found.items() if not lies_whole(tensor)]:
+        raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch the head again")
     return found
 
 
@@ -168,7 +170,7 @@ def _target_ids(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) 
         return None
     if len(d2t) == config.vocab_size and not d2t.any():
         return None  # then the official code writes both maps, and fills neither
-    ids = torch.arange(len(d2t)) + d2t.long()
+    ids = torch.arange(len(d2t), device="cpu") + d2t.long()
     if len(ids.unique()) < len(ids) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
         raise ValueError(f"{path}: d2t does not map the draft ids to as many tokens below {config.vocab_size}")
     if t2d is not None and not torch.equal(t2d.bool().nonzero()[:, 0], ids.sort().values):

@@ -104,7 +104,7 @@ def train_eagle(
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     head = replace(head, identity=replace(identity, name=base_name or identity.name), training=facts)
     write_head(head, out, card=head_card(head))
-    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
     return EagleHead(head)
 
 
@@ -118,7 +118,7 @@ def train_head(
 ) -> Head:
     """Distil `base` into a draft layer on its own `replies`, resuming from the newest of `checkpoints`.
 
-    The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
+    The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same weights, whether or not the run was interrupted. They come in the base's
     dtype where that is one of 16 bits, else in float32.
 

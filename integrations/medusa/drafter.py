@@ -200,7 +200,7 @@ class MedusaHeads(Shared):
 
     def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.float32], Ints]:
         """Log-probabilities and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
-        logits = placed.logits(hidden)[:, 0].float()
+        logits = placed.logits(hidden)[:, 0]
         log_probs, best = best_tokens(logits, WIDTH if self.choices is None else self.choices.width)
         tokens = best if placed.heads.token_map is None else placed.heads.token_map[best]
         return log_probs.numpy(force=True), tokens.numpy(force=True)

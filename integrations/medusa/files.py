@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ppd_compose.paired import read_pair, write_pair
-from ppd_compose.sources import folder_of, read_shards
+from ppd_compose.sources import folder_of, lies_whole, read_shards
 
 from .heads import Heads
 from .layouts import read_tensors, wanted, write_tensors
@@ -161,6 +161,8 @@ def _load_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the heads again") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}")
+    if repeated := [name for name, value in held.items() if not lies_whole(value)]:
+        raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch the heads again")
     return {name: held[name] for name in wanted(held)}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
+from ppd_compose.finish import PLAIN, Finish
 from ppd_compose.packed import is_packed, product
 
 
@@ -92,12 +93,14 @@ class Placed:
     heads: Heads
     output_bias: Tensor | None  # [entries]
     packed: bool = False  # output heads are multiplied with by packed copies
+    finish: Finish = PLAIN  # the base's own, where its output head is used
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What each head says `[heads, rows, entries]` after `hidden` `[rows, hidden]`, in the dtype of the heads."""
+        """What each head says `[heads, rows, entries]` float32 after `hidden` `[rows, hidden]`."""
         heads = self.heads
         states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
-        return entry_logits(states, heads.outputs, self.output_bias, product if self.packed else linear)
+        logits = entry_logits(states, heads.outputs, self.output_bias, product if self.packed else linear)
+        return self.finish(logits.float())
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -118,7 +121,7 @@ def place(heads: Heads, model: PreTrainedModel) -> Placed:
     if heads.outputs:
         return Placed(heads, None, packed)
     weight, bias = output_rows(model, heads.token_map)
-    return Placed(replace(heads, outputs=(weight,)), bias, packed)
+    return Placed(replace(heads, outputs=(weight,)), bias, packed, Finish.of(model))
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from ppd_compose.finish import PLAIN, Finish
 from ppd_compose.loop import Taught
 
 from .heads import entry_logits, residual
@@ -33,6 +34,7 @@ class Output:
 
     weight: Tensor  # [entries, hidden]
     bias: Tensor | None  # [entries]
+    finish: Finish = PLAIN
 
 
 class Blocks(nn.Module):
@@ -67,7 +69,7 @@ class Blocks(nn.Module):
         """What the heads say `[heads, points, entries]` float32 after the points."""
         hidden, dtype = batch.states[batch.points], batch.states.dtype
         states = residual(hidden, self.weight.to(dtype), self.bias.to(dtype))
-        return entry_logits(states, [output.weight], output.bias).float()
+        return output.finish(entry_logits(states, [output.weight], output.bias).float())
 
 
 @torch.no_grad()
@@ -76,4 +78,4 @@ def _base_log_probs(batch: Batch, output: Output, heads: int) -> Tensor:
     ahead = batch.points + torch.arange(1, heads + 1, device=batch.points.device)[:, None]
     rows, at = ahead.unique(return_inverse=True)  # neighbouring points ask for the same ones
     logits = entry_logits(batch.states[rows][None], [output.weight], output.bias)[0]
-    return logits.float().log_softmax(-1)[at]
+    return output.finish(logits.float()).log_softmax(-1)[at]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppd_compose.finish import Finish
 from ppd_compose.identity import Identity
 from ppd_compose.loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
 from ppd_compose.prompts import Prompt
@@ -77,7 +78,7 @@ def train_medusa(
         heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=accuracy, identity=identity, training=facts
     )
     made.save_pretrained(out, card=model_card(made))
-    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
     return made
 
 
@@ -91,14 +92,14 @@ def train_heads(
     """Heads in float32 that use the base's output head, and accuracies `[head][10]`: how often the token at that
     distance was the guess of that rank, on held-out replies.
 
-    The base is moved to the device of the training, frozen for the duration and otherwise left as it was. The same
+    The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same heads, whether or not the run was interrupted.
     Raises `ValueError` when no reply is long enough, or training diverged.
     """
     mine = usable(replies, recipe, recipe.heads)
     tokens = None if recipe.vocabulary is None else frequent_tokens(mine, recipe.vocabulary)
     with frozen(base):
-        output = Output(*output_rows(base, tokens))
+        output = Output(*output_rows(base, tokens), Finish.of(base))
         batches = Batches(base, recipe, tokens)
 
         def step(blocks: Blocks, number: int) -> Taught:

@@ -22,7 +22,7 @@ from .card import model_card
 from .drafter import NGramTable
 from .table import MOST, Table
 
-SEEN = 2  # replies in which a context must occur
+SEEN = 2  # times that a context must be followed by something, a token counting once a reply
 RANKS = 8  # of the accuracies
 
 Context = tuple[int, ...]
@@ -73,9 +73,9 @@ def train_ngram(
 
 
 def counted_table(replies: Sequence[Reply], recipe: NGramRecipe) -> Table:
-    """Chances of the next token by interpolation of all context lengths (Witten and Bell 1991, method C): of n
-    replies in which a context occurs, followed by u different tokens, u / (n + u) of the chance is left to the context
-    that is one token shorter.
+    """Chances of the next token by interpolation of all context lengths (Witten and Bell 1991, method C): where a
+    context is followed by something n times, a token counting once a reply, and by u different tokens, u / (n + u) of
+    the chance is left to the context that is one token shorter.
 
     Raises `ValueError` when nothing is said twice.
     """

@@ -1,0 +1,38 @@
+"""Where results say that they come from."""
+
+import subprocess
+
+from tiny import tiny
+
+from ppd_compose import environment as environment_module
+from ppd_compose.environment import environment
+from ppd_compose.identity import Identity
+
+
+def test_without_git_a_result_names_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment(tiny(), "a command")["commit"] is None
+
+
+def test_the_commit_of_a_checkout_around_an_environment_is_not_ours(tmp_path, monkeypatch):
+    installed = tmp_path / "site-packages" / "environment.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    (tmp_path / "theirs.py").write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=they", "-c", "user.email=they@example.org"]
+    for words in (["init", "-q"], ["add", "theirs.py"], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(environment_module, "__file__", str(installed))
+    assert environment(tiny(), "a command")["commit"] is None
+    subprocess.run([*git, "add", str(installed)], check=True)
+    assert environment(tiny(), "a command")["commit"] is not None
+
+
+def test_a_base_in_the_hubs_cache_is_called_by_its_repository(tmp_path):
+    base = tiny()
+    folder = tmp_path / "models--someone--a-model" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    base.config.name_or_path = str(folder)
+    assert Identity.of(base).name == "someone/a-model"
+    base.config.name_or_path = str(tmp_path / "models--someone--a-model")
+    assert Identity.of(base).name == "models--someone--a-model"
