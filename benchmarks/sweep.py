@@ -1,7 +1,7 @@
 """Does the budget choose well? Its choice on several latency curves against every fixed number of rows.
 
 Decodes in float32, where every number of rows writes the same text, and counts the seconds that each curve gives for
-the forwards made. A fixed number of rows is decoded once and priced by every curve.
+the forwards made, and those that drafts took here. A fixed number of rows is decoded once and priced by every curve.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FIXED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Forwards:
-    """Observer: context and rows of every forward; the prefill is not counted."""
+    """Observer: context and rows of every forward, and seconds of all drafts; the prefill is not counted."""
 
     name = "forwards"
 
     def __init__(self) -> None:
         self.made: list[tuple[int, int]] = []
-        self.tokens = 0
+        self.tokens, self.drafting = 0, 0.0
 
     @hookimpl
     def observe(self, step: Any) -> None:
@@ -41,14 +41,19 @@ class Forwards:
         if step.index > 1:
             self.made.append((len(step.ids) - len(step.path), step.rows))
             self.tokens += len(step.path)
+            self.drafting += sum(step.drafting.values())
 
     def seconds(self, curve: Budget) -> float:
         """What the forwards took by `curve`."""
         return sum(float(curve.curve(context)[rows - 1]) for context, rows in self.made)
 
     def rate(self, curve: Budget) -> float:
-        """Tokens per second by `curve`."""
+        """Tokens per second of forwards by `curve`."""
         return self.tokens / self.seconds(curve)
+
+    def drafted_rate(self, curve: Budget) -> float:
+        """The same with the seconds of drafts, as drafters that do not pay for theirs are asked less often."""
+        return self.tokens / (self.seconds(curve) + self.drafting)
 
     def summary(self) -> dict[str, float]:
         """Tokens and rows a forward."""
@@ -82,14 +87,15 @@ def swept(base: Any, listing: str, curves: dict[str, Budget], asked: Sequence[Qu
     }
     for name, curve in curves.items():
         chosen = decoded(base, drafters(), curve, asked, tokens)
-        rates = {rows: forwards.rate(curve) for rows, forwards in fixed.items()}
+        plain = fixed["1"].rate(curve)
+        rates = {rows: forwards.drafted_rate(curve) for rows, forwards in fixed.items()} | {"1": plain}
         best = max((rows for rows in rates if rows.isdecimal()), key=lambda rows: rates[rows])
         told["curves"][name] = {
             **chosen.summary(),
-            "over_plain": chosen.rate(curve) / rates["1"],
+            "over_plain": chosen.drafted_rate(curve) / plain,
             "best_fixed": best,
-            "over_best_fixed": chosen.rate(curve) / rates[best],
-            "fixed_over_plain": {rows: rate / rates["1"] for rows, rate in rates.items()},
+            "over_best_fixed": chosen.drafted_rate(curve) / rates[best],
+            "fixed_over_plain": {rows: rate / plain for rows, rate in rates.items()},
         }
         print(listing, name, {k: v for k, v in told["curves"][name].items() if k != "fixed_over_plain"}, flush=True)
     return told

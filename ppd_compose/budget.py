@@ -5,7 +5,6 @@ Knows how they are measured. Which rows are worth theirs is `rows`.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Mapping
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import with_cache
+from .cache import commit, recording, with_cache
 from .forward import forward_of
 from .storage import write_text
 from .tree import Floats, TokenTree
-from .verify import Context, verify, wait
+from .verify import Context, only_last, verify, wait
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
@@ -128,12 +127,14 @@ def _fastest(model: PreTrainedModel, context: int, rounds: int) -> Floats:
     def times() -> Floats:
         return np.array([_time_forward(model, cache, n) for n in MEASURED_ROWS])
 
-    times()  # warms up
-    fastest: Floats = np.min([times() for _ in range(rounds)], axis=0)
-    for _ in range(BATCHES - 1):
-        before, fastest = fastest, np.min([fastest, *(times() for _ in range(rounds))], axis=0)
-        if (fastest > SETTLED * before).all():
-            break
+    with recording(cache):
+        forward_of(model).lay_out(cache)
+        times()  # warms up
+        fastest: Floats = np.min([times() for _ in range(rounds)], axis=0)
+        for _ in range(BATCHES - 1):
+            before, fastest = fastest, np.min([fastest, *(times() for _ in range(rounds))], axis=0)
+            if (fastest > SETTLED * before).all():
+                break
     return fastest
 
 
@@ -141,18 +142,18 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     """A cache of `context` tokens of no meaning."""
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
-    model(input_ids=ids, **with_cache(model, cache))
-    forward_of(model).lay_out(cache)
+    model(input_ids=ids, **with_cache(model, cache), **only_last(model))
     return cache
 
 
-def _time_forward(model: PreTrainedModel, filled: DynamicCache, rows: int) -> float:
-    """Seconds of one forward of a chain of `rows` below `filled`, which stays as it is."""
-    cache = copy.deepcopy(filled)
+def _time_forward(model: PreTrainedModel, cache: DynamicCache, rows: int) -> float:
+    """Seconds of one forward of a chain of `rows` below `cache`, which stays as it is."""
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
     context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
     forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()
-    verify(forward, cache, context, tree, (), {})
-    return time.perf_counter() - begin
+    verified = verify(forward, cache, context, tree, (), {})
+    seconds = time.perf_counter() - begin
+    commit(cache, verified.rows, [])
+    return seconds
