@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
 NONE = "none"  # forwards as they are, without any drafter
-NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "ablation")}
+NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "sweep", "ablation", "training")}
 
 
 def load(name: str) -> Any:
@@ -137,6 +137,30 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
+def sweep() -> str:
+    """The budget's own choice over the best fixed number of rows, by drafters and latency curve."""
+    sets = load("sweep")["sets"]
+    curves = list(sets[0]["curves"])
+    lines = ["| drafters | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
+    for told in sets:
+        cells = [
+            f"{curve['over_best_fixed']:.3f} ({curve['rows_per_forward']:.1f} rows; {curve['best_fixed']})"
+            for curve in told["curves"].values()
+        ]
+        lines.append(f"| {told['drafters']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def training() -> str:
+    """First guesses that are right after so much training."""
+    lines = ["| drafter | steps, or replies counted | seconds | right by distance |", "|---|---|---|---|"]
+    for kind, trainings in load("training")["trainings"].items():
+        for told in trainings:
+            right = " / ".join(f"{ranks[0]:.2f}" for ranks in told["accuracy"])
+            lines.append(f"| {kind} | {told['amount']} | {told['seconds']:.0f} | {right} |")
+    return "\n".join(lines)
+
+
 def _of_forwards(told: dict[str, float]) -> float:
     """Tokens per second where the host takes no time: what ran beside a benchmark makes it slow."""
     if "tokens_per_second_of_forwards" in told:
@@ -202,7 +226,7 @@ def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
         "chart": chart, "composed": composed, "each": each, "pairs": pairs,
-        "subsets": subsets, "ablation": ablation, "exactness": exactness,
+        "subsets": subsets, "sweep": sweep, "ablation": ablation, "training": training, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
 

@@ -11,7 +11,7 @@ from statistics import median
 TIMED = 16  # times a drafter is timed; what it takes is then settled, so that decisions do not follow the clock
 TRIED = 8  # times that tell little of what it takes: much is made at its first use, and drafts find their size
 FORGET = 0.95  # how much of what was gained counts after each time
-SHARE = 0.01  # of all time, what a drafter that does not pay may take to show that it would
+SHARE = 0.01  # of all time, what drafters that do not pay may take in all to show that they would
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Asked:
         self.passed += 1
         return self.passed >= self.wait
 
-    def judge(self, seconds: float, gained: float, rate: float, forward: float) -> None:
+    def judge(self, seconds: float, gained: float, rate: float, forward: float, drafters: int = 1) -> None:
         """Book one turn: `seconds` spent, tokens `gained`.
 
         One that pays is asked at every step. `rate` is the tokens that a second is worth, `forward` the seconds of a
-        forward of one row.
+        forward of one row, `drafters` among how many the time to show what they would add is divided.
         """
         self.passed = 0
         if len(self.seconds) < TIMED:
@@ -46,4 +46,4 @@ class Asked:
         self.gained, self.times = FORGET * self.gained + gained, FORGET * self.times + 1
         if len(self.seconds) >= TIMED:
             pays = self.gained / self.times >= rate * self.typical
-            self.wait = 1.0 if pays else self.typical / (SHARE * forward)
+            self.wait = 1.0 if pays else drafters * self.typical / (SHARE * forward)

@@ -99,7 +99,8 @@ class BestRows:
             return
         for name, gain in zip(step.drafters, gained, strict=True):
             if name in step.drafting:
-                self.asked[name].judge(step.drafting[name], gain, pace.rate, float(pace.curve[0]))
+                plain, drafters = float(pace.curve[0]), len(step.drafters)
+                self.asked[name].judge(step.drafting[name], gain, pace.rate, plain, drafters)
                 pace.drafting += self.asked[name].typical
 
 

@@ -134,6 +134,21 @@ def test_a_slow_drafter_that_adds_nothing_is_asked_seldom(clock):
     assert slow.asked < model.stats.forwards / 2
 
 
+def test_many_slow_drafters_that_add_nothing_take_no_more_together_than_one(clock):
+    base, slow = tiny(), []
+    for name in "abcde":
+        slow.append(Slow(clock))
+        slow[-1].name = name
+    model = compose(base, *slow, budget=Budget((1, 64), (0,), ((0.01, 0.64),)))
+    for _ in range(2):
+        model.generate(prompt(), max_new_tokens=100, do_sample=False)
+    before, forwards = sum(each.asked for each in slow), 0
+    for _ in range(8):
+        model.generate(prompt(), max_new_tokens=100, do_sample=False)
+        forwards += model.stats.forwards
+    assert (sum(each.asked for each in slow) - before) * 0.01 < 0.02 * forwards * 0.01
+
+
 @pytest.mark.parametrize("drafter", ["oracle", "slow"])
 def test_with_rows_that_cost_nothing_everyone_is_asked(drafter, clock):
     base, slow = tiny(), Slow(clock)
