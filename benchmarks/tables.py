@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
 NONE = "none"  # forwards as they are, without any drafter
-NAMES = {README: ("chart", "composed", "exactness"), MORE: ("each", "pairs", "subsets", "sweep", "ablation", "training")}
+NAMES = {
+    README: ("chart", "composed", "exactness"),
+    MORE: ("each", "pairs", "subsets", "sweep", "ablation", "training"),
+}
 
 
 def load(name: str) -> Any:
