@@ -10,10 +10,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
 NONE = "none"  # forwards as they are, without any drafter
-NAMES = {
-    README: ("chart", "composed", "exactness"),
-    MORE: ("each", "pairs", "subsets", "sweep", "ablation", "training"),
-}
+BEHIND = ("each", "pairs", "subsets", "sweep", "ablation", "training")
+NAMES = {README: ("chart", "composed", "exactness"), MORE: BEHIND}
 
 
 def load(name: str) -> Any:
@@ -145,11 +143,9 @@ def sweep() -> str:
     sets = load("sweep")["sets"]
     curves = list(sets[0]["curves"])
     lines = ["| drafters | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
+    shown = "{over_best_fixed:.3f} ({rows_per_forward:.1f} rows; {best_fixed})"
     for told in sets:
-        cells = [
-            f"{curve['over_best_fixed']:.3f} ({curve['rows_per_forward']:.1f} rows; {curve['best_fixed']})"
-            for curve in told["curves"].values()
-        ]
+        cells = [shown.format(**curve) for curve in told["curves"].values()]
         lines.append(f"| {told['drafters']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
