@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -157,15 +158,10 @@ def _after_prefill(answers: Sequence[Answered]) -> float:
 def _by_round(answers: Sequence[Answered], base: Sequence[Answered]) -> list[float]:
     """Speed-up in each round, every question counted."""
     mine, theirs = (
-        [
-            sum(tokens) / sum(times)
-            for tokens, times in zip(
-                zip(*(a.each for a in those), strict=True), zip(*(a.seconds for a in those), strict=True), strict=True
-            )
-        ]
+        np.sum([a.each for a in those], axis=0) / np.sum([a.seconds for a in those], axis=0)
         for those in (answers, base)
     )
-    return [own / other for own, other in zip(mine, theirs, strict=True)]
+    return list(map(float, mine / theirs))
 
 
 def _category(category: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:

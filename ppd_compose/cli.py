@@ -153,7 +153,7 @@ def bench(
     generate_with: Annotated[
         list[str] | None, typer.Option(help="One more contender: generate with name=value. Repeatable.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="A question counts its median round.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="A question counts the medians of its rounds.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     all_turns: AllTurnsOption = False,
     rows: RowsOption = None,

@@ -88,7 +88,7 @@ def weights_digest(model: PreTrainedModel) -> str:
         entries = parameter.detach().flatten()
         step = max(1, len(entries) // ENTRIES)
         digest.update(f"{name} {entries[::step].double().tolist()}".encode())
-    for fact in filter(None, (_active_adapters(model), str(getattr(model.config, "quantization_config", None) or ""))):
+    for fact in (*_active_adapters(model), getattr(model.config, "quantization_config", None) or ""):
         digest.update(str(fact).encode())
     return digest.hexdigest()[:16]
 

@@ -97,10 +97,10 @@ class BestRows:
         pace.drafting = 0.0
         if pace.curve[0] == pace.curve[-1]:  # a fixed number of rows: nothing is known of seconds
             return
+        forward, drafters = float(pace.curve[0]), len(step.drafters)
         for name, gain in zip(step.drafters, gained, strict=True):
             if name in step.drafting:
-                plain, drafters = float(pace.curve[0]), len(step.drafters)
-                self.asked[name].judge(step.drafting[name], gain, pace.rate, plain, drafters)
+                self.asked[name].judge(step.drafting[name], gain, pace.rate, forward, drafters)
                 pace.drafting += self.asked[name].typical
 
 

@@ -248,6 +248,13 @@ def said(streamer):
     return torch.cat([torch.tensor(event).flatten() for event in streamer.events if event != "end"])[None]
 
 
+def goes_on(base, model, cache, streamer):
+    """`model` goes on with `cache` from what `streamer` was given, as `base` does without."""
+    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(said(streamer), **settings)
+    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("length", [12, 16, 17, 30])
 def test_a_call_cut_off_at_its_first_token_leaves_a_cache_to_go_on_from(family, length):
@@ -255,9 +262,7 @@ def test_a_call_cut_off_at_its_first_token_leaves_a_cache_to_go_on_from(family, 
     cache, streamer = DynamicCache(config=base.config), Recorder(fail_at=2)
     with pytest.raises(RuntimeError, match="cancelled"):
         model.generate(prompt(length), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
-    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
-    expected = base.generate(said(streamer), **settings)
-    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+    goes_on(base, model, cache, streamer)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -276,9 +281,7 @@ def test_a_forward_that_breaks_off_leaves_a_cache_to_go_on_from(family, length):
     with pytest.raises(MemoryError):
         model.generate(prompt(length), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
     handle.remove()
-    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
-    expected = base.generate(said(streamer), **settings)
-    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+    goes_on(base, model, cache, streamer)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -296,9 +299,7 @@ def test_an_interrupt_while_the_device_works_leaves_a_cache_to_go_on_from(family
         with pytest.raises(KeyboardInterrupt):
             model.generate(prompt(30), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
     assert cache.get_seq_length() == said(streamer).shape[1] - 1
-    settings = {"attention_mask": torch.ones_like(said(streamer)), "max_new_tokens": 20, "do_sample": False}
-    expected = base.generate(said(streamer), **settings)
-    assert torch.equal(model.generate(said(streamer), **{GENERATE_NAME: cache}, **settings), expected)
+    goes_on(base, model, cache, streamer)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
