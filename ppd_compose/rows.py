@@ -18,24 +18,29 @@ from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_p
 from .worth import Worth, added
 
 STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
-FORGET = 0.95  # how much of the past counts after each step, in the running tokens per second
+FORGET = 0.98  # how much of the past counts after each step, in the running tokens per second
 
 
 @dataclass
 class _Pace:
     """Running sums of one sequence, and what its current step costs."""
 
-    index: int = 0  # of the current step
     tokens: float = 0.0
-    seconds: float = 0.0
+    forwards: float = 0.0  # of one row, that would have taken as long
+    index: int = 0  # of the current step
     curve: Floats = field(default_factory=lambda: np.ones(1))
     drafting: float = 0.0  # seconds of the current step
 
     @property
     def rate(self) -> float:
         """Tokens per second in the long run: those of the last steps, and no fewer than plain decoding makes."""
-        plain = 1.0 / float(self.curve[0])
-        return max(plain, self.tokens / self.seconds) if self.seconds else plain
+        return max(1.0, self.tokens / self.forwards if self.forwards else 1.0) / float(self.curve[0])
+
+    def count(self, tokens: int, rows: int) -> None:
+        """Book a step that made `tokens` by a forward of `rows` rows."""
+        seconds = float(self.curve[min(rows, len(self.curve)) - 1]) + self.drafting
+        self.tokens = FORGET * self.tokens + tokens
+        self.forwards = FORGET * self.forwards + seconds / float(self.curve[0])
 
 
 class BestRows:
@@ -51,6 +56,7 @@ class BestRows:
         self.worth = Worth()
         self.asked: dict[str, Asked] = defaultdict(Asked)
         self.tried = -1  # the step at which one that does not pay was last asked
+        self.before = (0.0, 0.0)  # the sums of the sequence before, from which the next one goes on
 
     @hookimpl(trylast=True)
     def ask(self, step: Step, drafter: str) -> bool:
@@ -65,7 +71,7 @@ class BestRows:
     @hookimpl(trylast=True)
     def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
-        pace = step.memory.setdefault(self, _Pace())
+        pace = step.memory.setdefault(self, _Pace(*self.before))
         pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
         self._judge(step, tree, pace)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
@@ -86,8 +92,8 @@ class BestRows:
         pace = step.memory.get(self)
         if pace is None or pace.index != step.index - 1:  # another plugin decided what fits
             return
-        pace.tokens = FORGET * pace.tokens + len(step.path)
-        pace.seconds = FORGET * pace.seconds + float(pace.curve[min(step.rows, len(pace.curve)) - 1]) + pace.drafting
+        pace.count(len(step.path), step.rows)
+        self.before = pace.tokens, pace.forwards
         step.rate = pace.rate
 
     def _judge(self, step: Step, tree: TokenTree, pace: _Pace) -> None:

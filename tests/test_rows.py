@@ -9,6 +9,7 @@ from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, Budget, Step, TokenTree, compose, drafting, hookimpl
 from ppd_compose.asking import TIMED, TRIED, Asked
+from ppd_compose.tree import union
 from ppd_compose.worth import added
 
 STEEP = Budget((1, 64), (0,), ((1.0, 1.0 + 63 * 0.1),))
@@ -203,3 +204,30 @@ def test_a_fit_that_decides_now_and_then_does_not_confuse_the_default():
     drafters = [prompt_tokens(), Oracle(answer[0].tolist())]
     model = compose(base, *drafters, budget=Budget((1, 8), (0,), ((0.01, 0.02),)), plugins=[Sometimes()])
     assert model.generate(prompt(), max_new_tokens=100, do_sample=False).tolist() == answer.tolist()
+
+
+def test_an_answer_begins_at_the_pace_of_the_one_before():
+    """Where guesses come true a second is worth more, and a faint guess is not worth its row: known from the start."""
+    base, rows = tiny(), []
+    answer = base.generate(prompt(), max_new_tokens=60, do_sample=False)
+
+    class Fan(Oracle):
+        @hookimpl
+        def propose(self, step):
+            faint = [TokenTree.chain(step.ids[-1], [token], [np.log(0.05)]) for token in range(30)]
+            return union([super().propose(step), *faint])
+
+        @hookimpl
+        def merge(self, trees):
+            return union(trees)
+
+        @hookimpl
+        def observe(self, step):
+            rows.append((step.index, step.rows))
+
+    model = compose(base, Fan(answer[0].tolist()), budget=Budget((1, 64), (0,), ((1.0, 1.0 + 63 * 0.03),)))
+    for _ in range(2):
+        assert model.generate(prompt(), max_new_tokens=60, do_sample=False).tolist() == answer.tolist()
+    first, second = (rows_of_step for index, rows_of_step in rows if index == 2)
+    assert first > 20
+    assert second < 10
