@@ -37,13 +37,14 @@ class Asked:
     def judge(self, seconds: float, gained: float, rate: float, forward: float, drafters: int = 1) -> None:
         """Book one turn: `seconds` spent, tokens `gained`.
 
-        One that pays is asked at every step. `rate` is the tokens that a second is worth, `forward` the seconds of a
-        forward of one row, `drafters` among how many the time to show what they would add is divided.
+        One that pays, or was not timed often enough to tell, is asked at every step; of one that gained nothing at all
+        in `TRIED` turns more need not be known. `rate` is the tokens that a second is worth, `forward` the seconds of
+        a forward of one row, `drafters` among how many the time to show what they would add is divided.
         """
         self.passed = 0
         if len(self.seconds) < TIMED:
             self.seconds.append(seconds)
         self.gained, self.times = FORGET * self.gained + gained, FORGET * self.times + 1
-        if len(self.seconds) >= TIMED:
-            pays = self.gained / self.times >= rate * self.typical
-            self.wait = 1.0 if pays else drafters * self.typical / (SHARE * forward)
+        known = len(self.seconds) >= (TIMED if self.gained > 0 else TRIED)
+        pays = self.gained / self.times >= rate * self.typical
+        self.wait = drafters * self.typical / (SHARE * forward) if known and not pays else 1.0

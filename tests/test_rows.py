@@ -95,6 +95,18 @@ def test_a_drafter_is_judged_by_what_it_takes_once_it_is_under_way():
     assert asked.turn()
 
 
+def test_a_drafter_that_gained_nothing_need_not_be_timed_further_until_it_does():
+    asked, told = Asked(), {"seconds": 0.01, "rate": 10.0, "forward": 0.02}
+    for _ in range(TRIED):
+        assert asked.turn()
+        asked.judge(gained=0.0, **told)
+    assert not asked.turn()
+    while not asked.turn():
+        pass
+    asked.judge(gained=2.0, **told)
+    assert asked.turn()
+
+
 def test_a_quick_drafter_is_always_asked():
     asked = Asked()
     for _ in range(50):
