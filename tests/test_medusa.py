@@ -12,6 +12,7 @@ import typer
 from ppd_compose.integrations.medusa import MC_SIM_7B_63, Heads, MedusaHeads, files
 from ppd_compose.integrations.medusa import train as train_module
 from ppd_compose.integrations.medusa.choices import Choices
+from ppd_compose.integrations.medusa.claims import calibrated, checked, fitted
 from ppd_compose.integrations.medusa.command import command
 from ppd_compose.integrations.medusa.heads import entry_logits, output_rows, residual
 from ppd_compose.integrations.medusa.layouts import read_tensors, write_tensors
@@ -260,10 +261,12 @@ def test_vllms_one_output_head_for_all(tmp_path):
 @pytest.mark.parametrize("layout", ["official", "vllm"])
 def test_what_is_saved_is_read_bit_for_bit(tmp_path, layout, dtype):
     base = tiny(dtype=dtype)
-    accuracy = [[0.5, 0.25], [0.4, 0.1]]
+    accuracy, calibration = [[0.5, 0.25], [0.4, 0.1]], [[-1.25, 0.75], [0.5, 1.0]]
     for number, kind in enumerate([{}, {"token_map": FEW}, {"outputs": 2}, {"outputs": 2, "token_map": FEW}]):
         heads = random_heads(2, 2, dtype=dtype, **kind)
-        made = MedusaHeads(heads, identity=Identity.of(base), accuracy=accuracy, training={"steps": 3})
+        made = MedusaHeads(
+            heads, accuracy=accuracy, calibration=calibration, identity=Identity.of(base), training={"steps": 3}
+        )
         made.save_pretrained(tmp_path / str(number), layout=layout, base=base if layout == "vllm" else None)
         again = MedusaHeads.from_pretrained(tmp_path / str(number))
         if layout == "vllm" and not heads.outputs:
@@ -271,6 +274,7 @@ def test_what_is_saved_is_read_bit_for_bit(tmp_path, layout, dtype):
         same(again, heads)
         assert again.identity == made.identity
         assert again.accuracy.tolist() == accuracy
+        assert again.calibration.tolist() == calibration
         assert again.training == {"steps": 3}
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert (config.get("version") == "2") == (not heads.outputs)
@@ -381,6 +385,10 @@ VLLM_DEFECTS = {
     "own": (lambda t: None, {"ppd_compose": [1]}, "ppd_compose must be an object"),
     "own base": (lambda t: None, {"ppd_compose": {"base": {"name": "x"}}}, "lacks a field of its base"),
     "own accuracy": (lambda t: None, {"ppd_compose": {"accuracy": [[0.5]]}}, "accuracy must be 2 rows"),
+    "own calibration": (lambda t: None, {"ppd_compose": {"calibration": [[0.5]]}}, "calibration must be 2 pairs"),
+    "own offsets": (lambda t: None, {"ppd_compose": {"calibration": [["x", 1]] * 2}}, "calibration must be 2 pairs"),
+    "own slopes": (lambda t: None, {"ppd_compose": {"calibration": [[0.0, -1.0]] * 2}}, "a slope from 0"),
+    "own infinity": (lambda t: None, {"ppd_compose": {"calibration": [[0.0, 1e999]] * 2}}, "a slope from 0"),
     "own shares": (lambda t: None, {"ppd_compose": {"accuracy": [[2.0]] * 2}}, "between 0 and 1"),
 }
 
@@ -593,18 +601,39 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
     base = tiny(dtype=torch.float32).train()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     recipe = replace(RECIPE, steps=40, points=10)
-    heads, accuracy = trained(base, tmp_path, recipe)
+    heads, told = trained(base, tmp_path, recipe)
     assert base.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert heads.weight.shape == (2, 2, 32, 32)
     assert heads.entries == 20
-    assert np.shape(accuracy) == (2, 10)
+    assert np.shape(told.accuracy) == (2, 10)
+    assert np.shape(told.calibration) == (2, 2)
     batch = Batches(base.eval(), recipe, heads.token_map)(replies(base)[:-1], 0)
     output, blocks = Output(*output_rows(base, heads.token_map)), Blocks(2, 2, 32)
     start = blocks(batch, output, 0.8, 0.5).loss.item()
     blocks.load_state_dict({"weight": heads.weight, "bias": heads.bias})
     assert blocks(batch, output, 0.8, 0.5).loss.item() < 0.8 * start
+
+
+def test_claims_that_promise_too_much_hold_once_calibrated():
+    """Guesses at 0.6 and 0.3 of which every second and tenth comes true."""
+    log_probs = torch.tensor([0.6, 0.3]).log().expand(4000, 2)
+    dice = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    right = torch.stack([dice < 0.5, (dice >= 0.5) & (dice < 0.6)], -1)
+    weights = checked([fitted(log_probs, right)], 1)
+    claims = np.exp(calibrated(log_probs[:1].numpy(), weights))
+    np.testing.assert_allclose(claims[0], [0.5, 0.1], atol=0.02)
+
+
+def test_a_calibration_that_changes_nothing():
+    said = np.log([[0.5, 0.2, 0.1], [0.3, 0.3, 0.001]])
+    np.testing.assert_allclose(calibrated(said, checked([[0, 1], [0, 1]], 2)), said)
+
+
+def test_heads_that_were_never_right_on_held_out_replies_can_be_saved_and_loaded():
+    fit = fitted(torch.full((50, 3), -1.0), torch.zeros(50, 3, dtype=torch.bool))
+    assert np.isfinite(calibrated(np.full((1, 3), -1.0), checked([fit], 1))).all()
 
 
 @pytest.mark.parametrize("killed_at", [1, 4, 6])
@@ -633,8 +662,8 @@ def test_heads_that_know_the_answer_are_accepted(tmp_path):
     expected = base.generate(prompt(), max_new_tokens=40, do_sample=False)
     reply = Reply(prompt()[0].tolist(), expected[0, 12:].tolist())
     recipe = replace(RECIPE, steps=80, points=40, batch_size=1, heads=3, layers=1, vocabulary=None, kl=0.0)
-    heads, accuracy = train_heads(base, [reply], [reply], recipe, tmp_path)
-    assert min(row[0] for row in accuracy) > 0.9
+    heads, told = train_heads(base, [reply], [reply], recipe, tmp_path)
+    assert min(row[0] for row in told.accuracy) > 0.9
     for choices in (None, [*MC_SIM_7B_63[:10], [0, 0], [0, 0, 0]]):
         for others in ([], [prompt_tokens()]):
             model = compose(base, MedusaHeads(heads, choices=choices), *others, budget=24)

@@ -37,7 +37,7 @@ model.generate(**inputs, max_new_tokens=128)
 How often the token at a distance was the guess of that rank or a better one.
 
 {table}
-
+{calibrated}
 ## Training
 
 {facts}
@@ -60,6 +60,14 @@ def model_card(made: MedusaHeads) -> str:
         parameters=heads.weight.numel() + bias,
         entries="all of it" if heads.token_map is None else f"of it the rows of {heads.entries:,} frequent tokens",
         table=accuracy_table("head", made.accuracy),
+        calibrated=_calibrated(made),
         facts=facts_list(made.training),
         fingerprint=made.identity.fingerprint,
     )
+
+
+def _calibrated(made: MedusaHeads) -> str:
+    if made.calibration is None:
+        return ""
+    pairs = ", ".join(f"{offset:.2f} and {slope:.2f}" for offset, slope in made.calibration.tolist())
+    return f"\nBy held-out replies the odds that a head gives are moved by an offset and a slope: {pairs}.\n"

@@ -25,6 +25,7 @@ from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints
 
 from .choices import Choices
+from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
 from .heads import Heads, Placed, output_head, output_rows, place
 from .layouts import LAYOUTS
@@ -43,12 +44,15 @@ class MedusaHeads(Shared):
             the likeliest paths when every distance is guessed on its own.
         accuracy: `[head][rank]`, how often the guess of that rank was right on held-out replies. It is kept and
             shown, and decides nothing.
+        calibration: `[head]` pairs of an offset and a slope by which claims hold on held-out replies; None takes what
+            the heads say. See `claims.calibrated`.
         identity: the base that the heads were trained for, checked by `compose`.
         base_name: its name, where no more is known.
         training: how they were trained, as plain data.
 
     Raises:
-        ValueError: choices that are no tree or deeper than there are heads, or accuracies of another shape.
+        ValueError: choices that are no tree or deeper than there are heads, or accuracies or a calibration of another
+            shape.
     """
 
     name = "medusa"
@@ -59,6 +63,7 @@ class MedusaHeads(Shared):
         *,
         choices: Sequence[Sequence[int]] | None = None,
         accuracy: Sequence[Sequence[float]] | None = None,
+        calibration: Sequence[Sequence[float]] | None = None,
         identity: Identity | None = None,
         base_name: str = "",
         training: Mapping[str, Any] | None = None,
@@ -73,6 +78,7 @@ class MedusaHeads(Shared):
             self.accuracy.ndim != 2 or len(self.accuracy) != len(heads) or not (abs(self.accuracy - 0.5) <= 0.5).all()
         ):
             raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self.calibration = None if calibration is None else checked(calibration, len(heads))
         self._at: dict[tuple[torch.device, torch.dtype], Heads] = {}
         self._placed: WeakKeyDictionary[PreTrainedModel, tuple[Any, Placed]] = WeakKeyDictionary()
 
@@ -94,8 +100,8 @@ class MedusaHeads(Shared):
         try:
             identity = Identity(**own["base"]) if own.get("base") else None
             return cls(
-                stored.heads, choices=choices, accuracy=own.get("accuracy"), identity=identity,
-                base_name=stored.base_name, training=own.get("training"),
+                stored.heads, choices=choices, accuracy=own.get("accuracy"), calibration=own.get("calibration"),
+                identity=identity, base_name=stored.base_name, training=own.get("training"),
             )  # fmt: skip
         except (TypeError, OverflowError) as error:
             raise ValueError(f"{source}: the config lacks a field of its base or has one too many: {error}") from None
@@ -134,6 +140,7 @@ class MedusaHeads(Shared):
         own = {
             "base": None if self.identity is None else asdict(self.identity),
             "accuracy": None if self.accuracy is None else self.accuracy.tolist(),
+            "calibration": None if self.calibration is None else self.calibration.tolist(),
             "training": self.training,
         }
         write_folder(Stored(heads, self.base_name, own), Path(folder), layout, card)
@@ -198,9 +205,11 @@ class MedusaHeads(Shared):
             self._placed[model] = (state, placed)
         return placed
 
-    def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.float32], Ints]:
-        """Log-probabilities and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
+    def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.floating], Ints]:
+        """Logarithms of chances and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
         logits = placed.logits(hidden)[:, 0]
         log_probs, best = best_tokens(logits, WIDTH if self.choices is None else self.choices.width)
         tokens = best if placed.heads.token_map is None else placed.heads.token_map[best]
-        return log_probs.numpy(force=True), tokens.numpy(force=True)
+        said = log_probs.numpy(force=True)
+        claims = said if self.calibration is None else calibrated(said, self.calibration)
+        return claims, tokens.numpy(force=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.finish import Finish
@@ -22,9 +22,11 @@ from ppd_compose.loop import Recipe, Taught, dice_of, draw_points, frozen, point
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
+from ppd_compose.top import best_tokens
 from ppd_compose.train_job import split_replies, training_facts
 
 from .card import model_card
+from .claims import fitted
 from .drafter import WIDTH, MedusaHeads
 from .heads import Heads, output_rows
 from .loss import OUTSIDE, Batch, Blocks, Output
@@ -49,6 +51,14 @@ class MedusaRecipe(Recipe):
             raise ValueError(f"kl is a share from 0 to 1, got {self.kl}")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What held-out replies tell of heads."""
+
+    accuracy: list[list[float]]  # [head][10], how often the token at that distance was the guess of that rank
+    calibration: list[list[float]] | None = None  # [head] offset and slope, see `claims.calibrated`
+
+
 def train_medusa(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,13 +80,14 @@ def train_medusa(
     """
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    heads, accuracy = train_heads(base, replies, held, recipe, out / "checkpoints")
+    heads, told = train_heads(base, replies, held, recipe, out / "checkpoints")
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = MedusaHeads(
-        heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=accuracy, identity=identity, training=facts
-    )
+        heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=told.accuracy, calibration=told.calibration,
+        identity=identity, training=facts,
+    )  # fmt: skip
     made.save_pretrained(out, card=model_card(made))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
     return made
@@ -88,9 +99,8 @@ def train_heads(
     held_out: Sequence[Reply],
     recipe: MedusaRecipe,
     checkpoints: Path,
-) -> tuple[Heads, list[list[float]]]:
-    """Heads in float32 that use the base's output head, and accuracies `[head][10]`: how often the token at that
-    distance was the guess of that rank, on held-out replies.
+) -> tuple[Heads, Told]:
+    """Heads in float32 that use the base's output head, and what held-out replies tell of them.
 
     The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same heads, whether or not the run was interrupted.
@@ -152,14 +162,22 @@ class Batches:
 
 
 @torch.no_grad()
-def evaluate(blocks: Blocks, output: Output, batches: Batches, replies: Sequence[Reply]) -> list[list[float]]:
-    """Accuracy by head and rank `[heads][10]` on `replies`; a token outside the vocabulary is a miss."""
-    hits = torch.zeros(batches.recipe.heads, WIDTH, dtype=torch.float64)
-    seen = 0
+def evaluate(blocks: Blocks, output: Output, batches: Batches, replies: Sequence[Reply]) -> Told:
+    """How often and how surely the heads are right on `replies`; a token outside the vocabulary is a miss."""
+    claims, hits = [], []
     for number, reply in enumerate(r for r in replies if points_of(r, batches.recipe, batches.recipe.heads)):
         batch = batches([reply], number)
-        logits = blocks.logits(batch, output)
-        top = logits.topk(min(WIDTH, logits.shape[-1])).indices
-        hits[:, : top.shape[-1]] += (top == batch.truth[..., None]).double().sum(1).cpu()
-        seen += len(batch.points)
-    return (hits / max(seen, 1)).tolist()
+        log_probs, top = best_tokens(blocks.logits(batch, output).flatten(0, 1), WIDTH)
+        shape = (*batch.truth.shape, -1)
+        claims.append(log_probs.view(shape).cpu())
+        hits.append((top.view(shape) == batch.truth[..., None]).cpu())
+    return told_by(torch.cat(claims, 1), torch.cat(hits, 1)) if hits else Told([[0.0] * WIDTH] * batches.recipe.heads)
+
+
+def told_by(claims: Tensor, hits: Tensor) -> Told:
+    """What `claims` `[heads, points, ranks]` and which of them came true tell. A head is asked about what follows
+    guesses that were right, so it is calibrated where all heads before it had the token among their guesses."""
+    shares = nn.functional.pad(hits.double().mean(1), (0, WIDTH - hits.shape[-1]))
+    reached = torch.cat([torch.ones_like(hits[:1, :, 0]), hits.any(-1).cumprod(0)[:-1].bool()])
+    pairs = [fitted(claims[k][reached[k]], hits[k][reached[k]]) for k in range(len(hits))]
+    return Told(shares.tolist(), pairs)
