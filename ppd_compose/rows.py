@@ -17,7 +17,7 @@ from .step import Step
 from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_parents
 from .worth import Worth, added
 
-STRIDE = 4  # forwards have one row, a multiple of this, or all rows there are
+SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are
 FORGET = 0.98  # how much of the past counts after each step, in the running tokens per second
 
 
@@ -48,8 +48,8 @@ class BestRows:
 
     A candidate earns the chance that its path is accepted, an appended row its gain, as far as such gains came true
     before. The cut maximises (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the
-    long run when steps differ. Of all cuts those of one row, of a multiple of four, and of all rows are tried. That is
-    PPD's dynamic sparse tree (section 4) without its offline tables, for any mix of drafters.
+    long run when steps differ. Of all cuts those of a few sizes, and all rows there are, are tried. That is PPD's
+    dynamic sparse tree (section 4) without its offline tables, for any mix of drafters.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class BestRows:
         best = np.argsort(-values, kind="stable")[: len(pace.curve)]
         net = np.cumsum(values[best]) - pace.rate * pace.curve[: len(best)]
         # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
-        sizes = np.union1d(np.arange(STRIDE, len(best) + 1, STRIDE), [1, len(best)])
+        sizes = np.append(SIZES[: np.searchsorted(SIZES, len(best))], len(best))
         keep = np.sort(best[: sizes[np.argmax(net[sizes - 1])]])
         nodes = depth_first(tree, keep[keep < len(tree)])
         fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
