@@ -40,7 +40,7 @@ def prompt_tokens(base: Any, replies: Replies, held: Replies, amount: int, folde
 
 def medusa(base: Any, replies: Replies, held: Replies, amount: int, folder: Path) -> Any:
     """Accuracy of Medusa heads by head and rank."""
-    return train_heads(base, replies, held, MedusaRecipe(amount), folder)[1]
+    return train_heads(base, replies, held, MedusaRecipe(amount), folder)[1].accuracy
 
 
 def eagle(base: Any, replies: Replies, held: Replies, amount: int, folder: Path) -> Any:

@@ -26,8 +26,8 @@ class Asked:
 
     @property
     def typical(self) -> float:
-        """Seconds that one turn takes."""
-        return median(self.seconds[TRIED:] or self.seconds)
+        """Seconds that one turn takes; while only first ones are known, the least of these."""
+        return median(self.seconds[TRIED:] or [min(self.seconds)])
 
     def turn(self) -> bool:
         """Whether it is asked at this step."""

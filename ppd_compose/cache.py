@@ -51,9 +51,10 @@ def refuse_cache(cache: object, model: PreTrainedModel) -> None:
             raise ValueError(f"{type(layer).__name__} cannot take a candidate tree: {advice}; {keeps}")
     if getattr(cache, "offloading", False):
         raise ValueError(f"an offloaded KV cache cannot take a candidate tree: {advice}")
-    if isinstance(cache, DynamicCache) and not cache.layers:
+    windows = _windows(DynamicCache(config=model.config))
+    if isinstance(cache, DynamicCache) and not cache.layers and any(window is not None for window in windows):
         raise ValueError(f"a DynamicCache without layers does not say how wide its windows are: {advice}")
-    if _windows(cache) != _windows(DynamicCache(config=model.config))[: len(cache.layers)]:
+    if _windows(cache) != windows[: len(cache.layers)]:
         raise ValueError(f"the KV cache has other windows than {type(model).__name__}: {advice}")
 
 
@@ -99,7 +100,7 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     A layer's tensors were made by the forward that has just run, or are its own, so they are written in place: rows
     move up, and what remains counts.
     """
-    layers: list[Any] = list(cache.layers)
+    layers = _filled(cache)
     moved = [(to, row) for to, row in enumerate(path) if to != row]
     dropped = rows - len(path)
     for layer in layers:
@@ -122,7 +123,13 @@ def leave_a_gap(cache: Cache) -> None:
 
 def _added_to(cache: Cache) -> list[Any]:
     """The layers to whose keys and values a forward adds, by making new ones."""
-    return [layer for layer in cache.layers if not isinstance(layer, InPlaceLayer)]
+    return [layer for layer in _filled(cache) if not isinstance(layer, InPlaceLayer)]
+
+
+def _filled(cache: Cache) -> list[Any]:
+    """The layers that hold something: a model that takes images may pass by those that look at them."""
+    layers: list[Any] = list(cache.layers)
+    return [layer for layer in layers if layer.is_initialized]
 
 
 def _with_room(states: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .budget import Budget
 from .drafters import load_drafter
 from .evidence import Evidence
 from .forward import chosen
-from .generation import Composed
+from .generation import Composed, Followed
 from .mask import refuse_attention
 from .measured import Watch
 from .plugins import Plugins, name_of
@@ -73,6 +73,7 @@ def compose(
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.forwards = chosen(model, base, packed, compile)
+    model.followed = None if packed or compile else Followed(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
     model.budget, model.watch = Budget.flat(budget) if isinstance(budget, int) else budget, watch
     return model

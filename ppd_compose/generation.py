@@ -41,6 +41,7 @@ class Composed:
     budget: Budget | None
     watch: Watch | None
     stats: Stats
+    followed: Followed | None  # None: the submodules are its own
 
     @torch.no_grad()
     def generate(
@@ -66,6 +67,8 @@ class Composed:
             MalformedDraft: a drafter returned what is no candidate tree; what was generated until then is lost.
         """
         try:
+            if self.followed is not None:
+                self.followed.take_up(self)
             refuse_arguments(kwargs, generation_config)
             return super().generate(  # type: ignore[misc,no-any-return]
                 inputs,
@@ -107,6 +110,20 @@ class Composed:
         )
 
 
+class Followed:
+    """The outermost submodules of a base, which its composition shares: who replaces one of them on the base, as PEFT
+    does with an output head that it adapts, means the composition too."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.modules, self.known = base._modules, dict(base._modules)
+
+    def take_up(self, model: Any) -> None:
+        """Give `model` those that were replaced since."""
+        for name, module in self.modules.items():
+            if module is not self.known.get(name):
+                model._modules[name] = self.known[name] = module
+
+
 class _Criteria(StoppingCriteriaList):
     """The user's stopping criteria, and the tokenizer for stop strings."""
 
@@ -131,8 +148,9 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
         request = _request(model, input_ids, picker, stopping_criteria, streamer, generation_config, model_kwargs)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        model.stats = Stats(tuple(model.plugins.drafters))
-        sequences = Decoding(model, model.plugins, model.stats, request).run()
+        # Read once, as another thread may put its own there at any moment.
+        stats = model.stats = Stats(tuple(model.plugins.drafters))
+        sequences = Decoding(model, model.plugins, stats, request).run()
         if not generation_config.return_dict_in_generate:
             return sequences
         return _output(sequences, picker, request)

@@ -83,9 +83,12 @@ def weights_digest(model: PreTrainedModel) -> str:
     a merged adapter is another model than its base, which the fingerprint of an input embedding does not tell."""
     embeddings: Any = model.get_input_embeddings()
     digest = hashlib.sha256(fingerprint(embeddings.weight).encode())
-    plain = ((name, weight) for name, weight in model.named_parameters() if type(weight) is torch.nn.Parameter)
-    for name, parameter in plain:  # quantised ones are classes of their own, that need not know how to flatten
-        entries = parameter.detach().flatten()
+    packed = ((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_floating_point())
+    weights = ((name, weight.data) for name, weight in model.named_parameters())
+    for name, weight in (*weights, *packed):
+        if type(weight) is not torch.Tensor:  # a class of its own need not know how to flatten
+            continue
+        entries = weight.flatten()
         step = max(1, len(entries) // ENTRIES)
         digest.update(f"{name} {entries[::step].double().tolist()}".encode())
     for fact in (*_active_adapters(model), getattr(model.config, "quantization_config", None) or ""):

@@ -105,14 +105,15 @@ def frozen(base: Any) -> Iterator[None]:
     """The base `placed`, without gradients and in evaluation mode; afterwards as it was, there."""
     placed(base)
     trainable = [p for p in base.parameters() if p.requires_grad]
-    training = base.training
+    training = {module: module.training for module in base.modules()}
     base.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        base.train(training)
+        for module, was in training.items():
+            module.training = was
         for parameter in trainable:
             parameter.requires_grad_(True)
 

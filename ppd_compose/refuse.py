@@ -16,6 +16,10 @@ from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.utils import (  # type: ignore[attr-defined]  # there in every version
+    is_deepspeed_zero3_enabled,
+    is_fsdp_managed_module,
+)
 
 from .cache import GENERATE_NAME, cache_name, refuse_cache
 
@@ -63,10 +67,11 @@ def _refuse_layers(base: PreTrainedModel) -> None:
             f"{type(base).__name__} has a causal mask of its own, which tells rows by their place in a forward and not "
             "by their position: no composition is possible"
         )
-    if (getattr(base, "_tp_size", None) or 1) > 1:
+    split = (getattr(base, "_tp_size", None) or 1) > 1
+    if split or is_fsdp_managed_module(base) or is_deepspeed_zero3_enabled():
         raise ValueError(
             f"this {type(base).__name__} is split over processes, each of which would time its forwards and choose its "
-            "rows for itself: load it without tp_plan"
+            "rows for itself: load it whole, without tp_plan, FSDP or ZeRO-3"
         )
 
 
@@ -156,15 +161,18 @@ def _refuse_input(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
-    _refuse_long_rope(model, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
+    _refuse_long_rope(model, cached, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
 
 
-def _refuse_long_rope(model: PreTrainedModel, tokens: int, longest: int) -> None:
-    """Where a text of `tokens` may grow past the length up to which the model turns its keys by other factors."""
+def _refuse_long_rope(model: PreTrainedModel, cached: int, tokens: int, longest: int) -> None:
+    """Where a text of `tokens`, of which some may be `cached`, grows past the length up to which the model turns its
+    keys by other factors."""
     told: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     for rope in [told] if "rope_type" in told else [rope for rope in told.values() if isinstance(rope, dict)]:
         before = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope" and before is not None and tokens <= before < longest - 1:
+        if rope.get("rope_type") != "longrope" or before is None:
+            continue
+        if tokens <= before < longest - 1 or 0 < cached <= before < tokens:
             raise ValueError(
                 f"{type(model).__name__} changes its rotary factors behind {before} tokens, which makes all that is "
                 f"cached wrong; prompt and answer may reach {longest}: lower max_new_tokens, or {BASE}"

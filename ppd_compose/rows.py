@@ -23,11 +23,11 @@ FORGET = 0.98  # how much of the past counts after each step, in the running tok
 
 @dataclass
 class _Pace:
-    """Running sums of one sequence, and what its current step costs."""
+    """Running sums, which go on from one sequence to the next, and what the current step costs."""
 
     tokens: float = 0.0
     forwards: float = 0.0  # of one row, that would have taken as long
-    index: int = 0  # of the current step
+    index: int = -1  # of the current step
     curve: Floats = field(default_factory=lambda: np.ones(1))
     drafting: float = 0.0  # seconds of the current step
 
@@ -58,6 +58,13 @@ class BestRows:
         self.tried = -1  # the step at which one that does not pay was last asked
         self.before = (0.0, 0.0)  # the sums of the sequence before, from which the next one goes on
 
+    @hookimpl
+    def start(self, step: Step) -> None:
+        """Go on at the pace of the sequence before, if there was one."""
+        pace = step.memory[self] = _Pace(*self.before, curve=step.budget.curve(len(step.ids)))
+        if pace.tokens:
+            step.rate = pace.rate
+
     @hookimpl(trylast=True)
     def ask(self, step: Step, drafter: str) -> bool:
         """Those whose guesses are worth their time at every step; others now and then, one at a time, so that what one
@@ -71,7 +78,7 @@ class BestRows:
     @hookimpl(trylast=True)
     def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
-        pace = step.memory.setdefault(self, _Pace(*self.before))
+        pace = step.memory[self]
         pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
         self._judge(step, tree, pace)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
@@ -89,8 +96,8 @@ class BestRows:
     @hookimpl
     def observe(self, step: Step) -> None:
         """Keep running sums of tokens and of the budget's own seconds, and tell what a second is worth by them."""
-        pace = step.memory.get(self)
-        if pace is None or pace.index != step.index - 1:  # another plugin decided what fits
+        pace = step.memory[self]
+        if pace.index != step.index - 1:  # another plugin decided what fits
             return
         pace.count(len(step.path), step.rows)
         self.before = pace.tokens, pace.forwards

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
@@ -41,18 +41,16 @@ def save_composition(model: Any, folder: str | Path) -> None:
     target, drafters = Path(folder), model.plugins.drafters
     kinds = {name: _kind(name, drafter) for name, drafter in drafters.items()}
     before = _parts_of(target)
-    parts = _all_saved(drafters, kinds, target)
-    given = model.watch is None and model.budget is not None  # a measured one is that of this machine
-    told = {
-        "format_version": FORMAT,
-        "base": asdict(Identity.of(model)),
-        "drafters": parts,
-        "budget": asdict(model.budget) if given else None,
-        "calibration": model.plugins.manager.get_plugin(Evidence.name).learnt(),
-    }
-    write_text(target / COMPOSITION, json.dumps(told, indent=2) + "\n")
-    for part in before - {part["folder"] for part in parts}:
-        shutil.rmtree(target / part, ignore_errors=True)
+    folders = {name: _free(target, name) for name, each in drafters.items() if hasattr(each, "save_pretrained")}
+    try:
+        for name, part in folders.items():
+            drafters[name].save_pretrained(target / part)
+        told = _told(model, kinds, folders)
+        write_text(target / COMPOSITION, json.dumps(told, indent=2) + "\n")
+    except BaseException:  # parts of what is not whole are of no use, and would be pushed
+        _remove(target, folders.values())
+        raise
+    _remove(target, before - {*folders.values()})
 
 
 def read_composition(folder: Path) -> dict[str, Any]:
@@ -85,27 +83,29 @@ def _kind(name: str, drafter: Any) -> str:
     return kind
 
 
-def _all_saved(drafters: Mapping[str, Any], kinds: Mapping[str, str], folder: Path) -> list[dict[str, Any]]:
-    """What is told of every drafter; when one cannot be saved, those before it are not left behind."""
-    parts: list[dict[str, Any]] = []
-    try:
-        for name, drafter in drafters.items():
-            parts.append(_saved(name, drafter, kinds[name], folder))
-    except BaseException:
-        for part in parts:
-            if part["folder"] is not None:
-                shutil.rmtree(folder / part["folder"], ignore_errors=True)
-        raise
-    return parts
+def _told(model: Any, kinds: Mapping[str, str], folders: Mapping[str, str]) -> dict[str, Any]:
+    """What `composition.json` says of `model`, whose drafters' files lie in `folders`."""
+    given = model.watch is None and model.budget is not None  # a measured one is that of this machine
+    return {
+        "format_version": FORMAT,
+        "base": asdict(Identity.of(model)),
+        "drafters": [
+            {"name": n, "kind": kinds[n], "settings": getattr(each, "settings", {}), "folder": folders.get(n)}
+            for n, each in model.plugins.drafters.items()
+        ],
+        "budget": asdict(model.budget) if given else None,
+        "calibration": model.plugins.manager.get_plugin(Evidence.name).learnt(),
+    }
 
 
-def _saved(name: str, drafter: Any, kind: str, folder: Path) -> dict[str, Any]:
-    """Save one drafter into a folder that is not there yet; what is told of it."""
-    part = None
-    if hasattr(drafter, "save_pretrained"):
-        part = next(each for each in (f"{name}-{n}" if n else name for n in count()) if not (folder / each).exists())
-        drafter.save_pretrained(folder / part)
-    return {"name": name, "kind": kind, "settings": getattr(drafter, "settings", {}), "folder": part}
+def _free(folder: Path, name: str) -> str:
+    """The name of a part that is not there yet."""
+    return next(part for n in count() if not (folder / (part := f"{name}-{n}" if n else name)).exists())
+
+
+def _remove(folder: Path, parts: Iterable[str]) -> None:
+    for part in parts:
+        shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def _parts_of(folder: Path) -> set[str]:

@@ -121,9 +121,11 @@ def _who_sees_whom(forward: Forward, cache: Cache, context: Context, parents: In
     places = {"position_ids": positions[None].to(model.device)}
     if len(see) == 1 and bool(visible.all()):
         return places
-    columns = torch.cat([visible.cumsum(0) - 1, positions])
+    # Windows are counted in columns, as transformers does: those that are hidden count too.
+    at = context.length + see.sum(1) - 1
+    columns = torch.cat([torch.arange(context.length, device="cpu"), at])
     mask = torch.cat([visible.expand(len(see), -1), see], dim=1)
-    masks = layered_mask(model, cache, mask[None], positions[None], columns[None])
+    masks = layered_mask(model, cache, mask[None], at[None], columns[None])
     return {"attention_mask": _on(masks, model.device), **places}
 
 

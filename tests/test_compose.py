@@ -28,7 +28,7 @@ from transformers import (
     pipeline,
 )
 
-from ppd_compose import Budget, PromptTokens, compose, generation, hookimpl
+from ppd_compose import Budget, PromptTokens, compose, generation, hookimpl, refuse
 from ppd_compose.cache import GENERATE_NAME
 from ppd_compose.measured import measured_budget
 
@@ -180,7 +180,7 @@ def test_batches_empty_prompts_and_prompts_too_long_are_refused():
         model.generate(cached.sequences[:, :10], **continuing(cached), max_new_tokens=5)
 
 
-def test_bases_that_cannot_verify_a_tree_are_refused():
+def test_bases_that_cannot_verify_a_tree_are_refused(monkeypatch):
     small = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
     with pytest.raises(ValueError, match="takes no position_ids"):
         compose(BloomForCausalLM(BloomConfig(**small)))
@@ -211,6 +211,10 @@ def test_bases_that_cannot_verify_a_tree_are_refused():
     split._tp_size = 2
     with pytest.raises(ValueError, match="split over processes"):
         compose(split)
+    with monkeypatch.context() as patch:
+        patch.setattr(refuse, "is_fsdp_managed_module", lambda _: True)
+        with pytest.raises(ValueError, match="without tp_plan, FSDP or ZeRO-3"):
+            compose(tiny())
     flash = tiny()
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):

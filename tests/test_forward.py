@@ -472,6 +472,17 @@ def test_an_adapter_that_is_attached_or_switched_after_composing_is_decoded_with
     assert torch.equal(answer(model), before)
 
 
+def test_an_output_head_that_is_adapted_or_resized_after_composing_is_decoded_with():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=12)
+    before = answer(base)
+    tuned = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "lm_head"]))
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    tuned.base_model.unload()
+    assert torch.equal(answer(model), before)
+
+
 @pytest.mark.parametrize("first", ["compose", "base"])
 def test_hidden_states_are_told_once_whoever_asks_first(first):
     """transformers hooks modules at the first forward that tells hidden states, and they stay hooked."""

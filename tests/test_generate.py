@@ -4,17 +4,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
+from tiny import GROUPED, VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MllamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.mllama import MllamaTextConfig
 
 from ppd_compose import compose, inplace, verify
 from ppd_compose.cache import GENERATE_NAME, with_cache
@@ -319,6 +321,39 @@ def test_a_cache_without_a_config_serves_a_base_without_windows():
         base(ids[:, :-1], **with_cache(base, cache))
     expected = base.generate(ids, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_an_empty_cache_serves_a_base_without_windows_and_is_filled():
+    base, model, ids = pair()
+    cache, expected = DynamicCache(), base.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_windows_count_hidden_tokens_as_generate_does(family):
+    base, ids = tiny(family), prompt(30)
+    for hole in (slice(12, 15), slice(20, 26), slice(3, 5)):
+        mask = torch.ones_like(ids)
+        mask[:, hole] = 0
+        settings = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+        expected = base.generate(ids, **settings)
+        shown = [token for at, token in enumerate(expected[0].tolist()) if not hole.start <= at < hole.stop]
+        model = compose(base, prompt_tokens(3, 2), Oracle(shown), budget=32)  # drafters see no padding
+        assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_layers_that_look_at_images_and_have_none():
+    """Text alone passes their layers by, which leaves those of the cache without keys."""
+    text = {**GROUPED, "cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    torch.manual_seed(0)
+    base = MllamaForCausalLM(MllamaTextConfig(**text)).eval().double()
+    base.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
+    expected = base.generate(prompt(), max_new_tokens=20, do_sample=False)
+    for settings in ({"budget": 12}, {}):
+        model = compose(base, prompt_tokens(), Oracle(expected[0].tolist()), **settings)
+        assert torch.equal(model.generate(prompt(), max_new_tokens=20, do_sample=False), expected)
+        assert model.stats.tokens_per_forward > 2
 
 
 def test_only_what_is_asked_for_is_kept_and_told():

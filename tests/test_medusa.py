@@ -24,7 +24,7 @@ from test_train import replies
 from tiny import VOCAB, prompt, prompt_tokens, tiny
 from typer.testing import CliRunner
 
-from ppd_compose import compose, load_drafter, sources
+from ppd_compose import compose, hookimpl, load_drafter, sources
 from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
@@ -746,3 +746,29 @@ def test_a_pickle_that_repeats_an_entry_is_refused_before_it_takes_its_memory(tm
     torch.save({**held, name: torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "medusa_lm_head.pt")
     with pytest.raises(ValueError, match="promises more entries than the file holds"):
         MedusaHeads.from_pretrained(tmp_path)
+
+
+def test_a_static_tree_claims_as_much_as_one_of_any_shape():
+    base = tiny(dtype=torch.float32)
+    heads, calibration = random_heads(2), [[-1.0, 0.8], [-0.5, 0.9]]
+    seen = []
+
+    class Sees:
+        @hookimpl
+        def merge(self, trees):
+            seen.append({int(t): float(p) for t, p in zip(trees[1].tokens[1:], trees[1].log_probs[1:], strict=True)})
+
+    for choices in (None, [[0], [1]]):
+        made = MedusaHeads(heads, calibration=calibration, choices=choices)
+        compose(base, made, plugins=[Sees()], budget=64).generate(prompt(), max_new_tokens=2, do_sample=False)
+    dynamic, static = seen
+    assert len(static) == 2
+    assert all(dynamic[token] == pytest.approx(claim) for token, claim in static.items())
+
+
+def test_a_calibration_is_on_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        weights = checked([[-1.0, 0.8]], 1)
+        fit = fitted(torch.full((5, 2), -1.0, device="cpu"), torch.zeros(5, 2, dtype=torch.bool, device="cpu"))
+    assert np.isfinite(calibrated(np.log([[0.5, 0.2]]), weights)).all()
+    assert np.isfinite(fit).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import GROUPED, Oracle, prompt, prompt_tokens, tiny
+from tiny import GROUPED, Oracle, continuing, prompt, prompt_tokens, tiny
 
 from ppd_compose import compose
 
@@ -45,3 +45,6 @@ def test_a_text_that_may_outgrow_the_short_rotary_factors_is_refused():
     for length, tokens in ((12, 21), (40, 20)):
         settings = {"max_new_tokens": tokens, "do_sample": False}
         assert torch.equal(model.generate(prompt(length), **settings), base.generate(prompt(length), **settings))
+    turn = model.generate(prompt(12), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="behind 32 tokens"):  # the base would throw such a cache away
+        model.generate(prompt(40), **continuing(turn), max_new_tokens=8, do_sample=False)

@@ -92,6 +92,14 @@ def test_the_base_is_frozen_meanwhile_and_as_it_was_after(tmp_path):
     assert all(0 <= share <= 1 for row in result.accuracy for share in row)
 
 
+def test_modules_that_were_in_evaluation_mode_are_so_afterwards(tmp_path):
+    base = tiny(dtype=torch.float32).train()
+    base.model.layers[0].eval()
+    before = [module.training for module in base.modules()]
+    trained(base, tmp_path)
+    assert [module.training for module in base.modules()] == before
+
+
 def test_same_seed_same_rows_and_another_seed_others(tmp_path):
     base = tiny(dtype=torch.float32)
     one, two = trained(base, tmp_path / "a"), trained(base, tmp_path / "b")

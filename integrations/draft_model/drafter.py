@@ -192,4 +192,4 @@ class DraftModel(Shared):
 
 
 def _writes(model: PreTrainedModel) -> int:
-    return sum(parameter._version for parameter in model.parameters())
+    return sum(0 if parameter.is_inference() else parameter._version for parameter in model.parameters())

@@ -146,8 +146,8 @@ class Reading:
     def _standing(self, depths: Tensor) -> Tensor:
         """Position ids `[1, rows]` of rows at `depths` behind the tokens read."""
         # Prompt tokens behind the last position guess tokens that there is no room for: any position will do.
-        last = None if self.positions is None else self.positions - 1
-        return (self.length + depths).clamp(max=last)[None].to(self.model.device)
+        at = self.length + depths
+        return (at if self.positions is None else at.clamp(max=self.positions - 1))[None].to(self.model.device)
 
     def _best(self, logits: Tensor, rows: int, n: int, v: int) -> Ahead:
         """The best guesses from `logits` `[rows + rows * n * v, vocab]`: of the rows, then of their prompt tokens."""

@@ -50,9 +50,12 @@ def write_head(head: Head, folder: Path, *, card: str = "") -> None:
     tensors = {prefix + n.removeprefix("layer.") if n.startswith("layer.") else n: t for n, t in head.network.items()}
     tensors |= {n: t for n, t in ((EMBEDDING, head.embedding), (LM_HEAD, head.lm_head)) if t is not None}
     if head.target_ids is not None:
-        chosen = torch.zeros(config.vocab_size, dtype=torch.bool)
+        chosen = torch.zeros(config.vocab_size, dtype=torch.bool, device=head.target_ids.device)
         chosen[head.target_ids] = True
-        tensors |= {D2T: head.target_ids - torch.arange(len(head.target_ids)), T2D: chosen}
+        tensors |= {
+            D2T: head.target_ids - torch.arange(len(head.target_ids), device=head.target_ids.device),
+            T2D: chosen,
+        }
     write_pair(tensors, folder / TENSORS, _plain(head), CONFIG, card)
 
 

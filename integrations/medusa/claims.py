@@ -17,12 +17,13 @@ from ppd_compose.tree import Floats
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 LEAST = 0.02  # chance that is left for tokens that were not guessed
 LARGEST = 100.0  # of weights that are believed
+UNMOVED = (0.0, 1.0)  # offset and slope of claims that are taken as they are
 
 
 def checked(weights: Sequence[Sequence[float]], heads: int) -> Tensor:
     """`weights` as `[heads, 2]` float64, or a `ValueError` saying what they must be."""
     try:
-        made = torch.tensor(weights, dtype=torch.float64)
+        made = torch.tensor(weights, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"calibration must be {heads} pairs of numbers: {error}") from None
     if made.shape != (heads, 2) or not bool((made.abs() <= LARGEST).all()) or not bool((made[:, 1] >= 0).all()):
@@ -31,8 +32,9 @@ def checked(weights: Sequence[Sequence[float]], heads: int) -> Tensor:
 
 
 def calibrated(log_probs: NDArray[np.floating], weights: Tensor) -> Floats:
-    """Logarithms of chances `[heads, ranks]` for guesses of `log_probs` `[heads, ranks]`: the odds of each guess
-    against all that was not guessed, moved by the head's offset and slope in `weights` `[heads, 2]`."""
+    """Logarithms of chances `[heads, ranks]` for guesses of `log_probs` `[heads, ranks]`, as many as were fitted: the
+    odds of each guess against all that was not guessed, moved by the head's offset and slope in `weights` `[heads, 2]`.
+    """
     scores = _scores(_odds(torch.from_numpy(log_probs)), weights[:, :1], weights[:, 1:])
     claims: Floats = scores.log_softmax(-1)[:, 1:].numpy()
     return claims
@@ -41,22 +43,22 @@ def calibrated(log_probs: NDArray[np.floating], weights: Tensor) -> Floats:
 def fitted(log_probs: Tensor, right: Tensor) -> list[float]:
     """The offset and slope by which one head's guesses `log_probs` `[points, ranks]`, of which `right` bool
     `[points, ranks]` came true, are likeliest; what is little known stays near 0 and 1."""
-    odds = _odds(log_probs.double())
-    weights = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    odds, nothing = _odds(log_probs.double().nan_to_num()), torch.tensor(UNMOVED, dtype=torch.float64, device="cpu")
+    weights = nothing.clone().requires_grad_()
     search = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")
     happened = torch.cat([~right.any(-1, keepdim=True), right], -1)
 
     def loss() -> Tensor:
         search.zero_grad()
         chances = _scores(odds, weights[0], weights[1]).log_softmax(-1)
-        total = 0.5 * (weights - torch.tensor([0.0, 1.0])).square().sum() - chances[happened].sum()
+        total = 0.5 * (weights - nothing).square().sum() - chances[happened].sum()
         total.backward()
         return total
 
     with torch.enable_grad():
         search.step(loss)
-    offset, slope = weights.tolist()
-    return [offset, max(slope, 0.0)]
+    offset, slope = weights.clamp(-LARGEST, LARGEST).tolist()
+    return [offset, slope] if slope >= 0 else [*UNMOVED]
 
 
 def _odds(log_probs: Tensor) -> Tensor:

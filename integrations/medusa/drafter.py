@@ -208,8 +208,11 @@ class MedusaHeads(Shared):
     def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.floating], Ints]:
         """Logarithms of chances and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
         logits = placed.logits(hidden)[:, 0]
-        log_probs, best = best_tokens(logits, WIDTH if self.choices is None else self.choices.width)
+        width = WIDTH if self.choices is None else self.choices.width
+        # A calibration holds for the guesses by which it was found, so no fewer are looked at.
+        log_probs, best = best_tokens(logits, max(width, WIDTH))
         tokens = best if placed.heads.token_map is None else placed.heads.token_map[best]
-        said = log_probs.numpy(force=True)
-        claims = said if self.calibration is None else calibrated(said, self.calibration)
-        return claims, tokens.numpy(force=True)
+        claims: NDArray[np.floating] = log_probs.numpy(force=True)
+        if self.calibration is not None:
+            claims = calibrated(claims, self.calibration)
+        return claims[:, :width], tokens.numpy(force=True)[:, :width]
