@@ -58,7 +58,7 @@ class BestRows:
         self.tried = -1  # the step at which one that does not pay was last asked
         self.before = (0.0, 0.0)  # the sums of the sequence before, from which the next one goes on
 
-    @hookimpl
+    @hookimpl(trylast=True)
     def start(self, step: Step) -> None:
         """Go on at the pace of the sequence before, if there was one."""
         pace = step.memory[self] = _Pace(*self.before, curve=step.budget.curve(len(step.ids)))
