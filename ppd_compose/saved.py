@@ -41,14 +41,16 @@ def save_composition(model: Any, folder: str | Path) -> None:
     target, drafters = Path(folder), model.plugins.drafters
     kinds = {name: _kind(name, drafter) for name, drafter in drafters.items()}
     before = _parts_of(target)
-    folders = {name: _free(target, name) for name, each in drafters.items() if hasattr(each, "save_pretrained")}
+    folders: dict[str, str] = {}
     try:
-        for name, part in folders.items():
-            drafters[name].save_pretrained(target / part)
+        for name, drafter in drafters.items():
+            if hasattr(drafter, "save_pretrained"):
+                folders[name] = _free(target, name)
+                drafter.save_pretrained(target / folders[name])
         told = _told(model, kinds, folders)
         write_text(target / COMPOSITION, json.dumps(told, indent=2) + "\n")
     except BaseException:  # parts of what is not whole are of no use, and would be pushed
-        _remove(target, folders.values())
+        _remove(target, {*folders.values()} - _parts_of(target))
         raise
     _remove(target, before - {*folders.values()})
 

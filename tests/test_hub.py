@@ -355,6 +355,16 @@ def test_a_composition_that_cannot_be_saved_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_drafters_whose_names_could_be_each_others_folders(tmp_path):
+    base, (one, two) = tiny(), (adapter(1), adapter(2))
+    two.name = "ppd-1"
+    compose(base, one, budget=8).save_composition(tmp_path)
+    compose(base, one, two, budget=8).save_composition(tmp_path)
+    parts = json.loads((tmp_path / "composition.json").read_text())["drafters"]
+    for part, drafter in zip(parts, (one, two), strict=True):
+        same(PromptTokens.from_pretrained(tmp_path / part["folder"]), drafter)
+
+
 def test_saving_a_composition_over_another_leaves_one_of_them(tmp_path, monkeypatch):
     base = tiny()
     compose(base, "lookup", budget=8).save_composition(tmp_path)
