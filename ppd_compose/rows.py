@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,10 +25,10 @@ FORGET = 0.98  # how much of the past counts after each step, in the running tok
 class _Pace:
     """Running sums, which go on from one sequence to the next, and what the current step costs."""
 
-    tokens: float = 0.0
-    forwards: float = 0.0  # of one row, that would have taken as long
+    tokens: float
+    forwards: float  # of one row, that would have taken as long
+    curve: Floats  # seconds of a forward by rows, where the current step is
     index: int = -1  # of the current step
-    curve: Floats = field(default_factory=lambda: np.ones(1))
     drafting: float = 0.0  # seconds of the current step
 
     @property
@@ -61,7 +61,7 @@ class BestRows:
     @hookimpl(trylast=True)
     def start(self, step: Step) -> None:
         """Go on at the pace of the sequence before, if there was one."""
-        pace = step.memory[self] = _Pace(*self.before, curve=step.budget.curve(len(step.ids)))
+        pace = step.memory[self] = _Pace(*self.before, step.budget.curve(len(step.ids)))
         if pace.tokens:
             step.rate = pace.rate
 

@@ -42,6 +42,15 @@ def test_a_composition_holds_the_weights_of_a_draft_model_made_here(tmp_path, dt
     assert torch.equal(again.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
 
 
+def test_a_draft_model_is_loaded_in_inference_mode(tmp_path):
+    DraftModel(tiny(seed=5, dtype=torch.float32)).save_pretrained(tmp_path / "draft")
+    base = tiny(dtype=torch.float32)
+    expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
+    with torch.inference_mode():
+        drafter = DraftModel.from_pretrained(tmp_path / "draft")
+        assert torch.equal(compose(base, drafter, budget=12).generate(prompt(), max_new_tokens=12), expected)
+
+
 def test_of_one_from_the_hub_the_repository_and_its_commit_are_saved(hub, tmp_path):
     tiny(seed=5, dtype=torch.float32).push_to_hub("user/draft")
     tokenizer().push_to_hub("user/draft")

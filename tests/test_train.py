@@ -16,6 +16,7 @@ from ppd_compose import compose, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
+from ppd_compose.identity import weights_digest
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import PromptRecipe, make_batch, train_prompt_tokens
@@ -363,3 +364,11 @@ def test_training_goes_on_from_given_rows(tmp_path):
     other = PromptRecipe(**{**vars(RECIPE), "num_prompt_tokens": 3})
     with pytest.raises(ValueError, match=r"start from \(2, 2\) embeddings, the recipe wants \(3, 2\)"):
         train_prompt_tokens(base, mine, [], other, tmp_path / "other", first.embeddings)
+
+
+def test_weights_that_are_kept_as_whole_numbers_tell_models_apart():
+    base, other = tiny(), tiny()
+    assert weights_digest(base) == weights_digest(other)
+    for model, entries in ((base, [1, 2]), (other, [1, 3])):
+        model.model.layers[0].register_buffer("qweight", torch.tensor(entries, dtype=torch.int32))
+    assert weights_digest(base) != weights_digest(other)

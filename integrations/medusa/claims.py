@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppd_compose.evidence import FAINTEST, LEAST
 from ppd_compose.tree import Floats
 
-FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
-LEAST = 0.02  # chance that is left for tokens that were not guessed
 LARGEST = 100.0  # of weights that are believed
 UNMOVED = (0.0, 1.0)  # offset and slope of claims that are taken as they are
 
@@ -62,6 +61,7 @@ def fitted(log_probs: Tensor, right: Tensor) -> list[float]:
 
 
 def _odds(log_probs: Tensor) -> Tensor:
+    """The logarithms of each guess's odds against all that was not guessed, within the bounds of the evidence."""
     none = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(LEAST, 1)
     return log_probs.clamp(FAINTEST, 0).double() - none.log().double()
 
