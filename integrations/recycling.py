@@ -57,10 +57,12 @@ class TokenRecycling:
         """Make room for the vocabulary, and take up which token follows which in the prompt."""
         if len(self.tokens) > step.vocab_size:  # of another base
             self.reset()
-        if len(self.tokens) < step.vocab_size:
-            more = step.vocab_size - len(self.tokens)
-            self.tokens = np.concatenate([self.tokens, np.zeros((more, self.width), np.int64)])
-            self.chances = np.concatenate([self.chances, np.zeros((more, self.width))])
+        if (known := len(self.tokens)) < step.vocab_size:
+            tokens = np.zeros((step.vocab_size, self.width), np.int64)
+            chances = np.zeros((step.vocab_size, self.width))
+            tokens[:known], chances[:known] = self.tokens[:known], self.chances[:known]
+            # Both of full size, and the one whose size is asked last: another thread may decode meanwhile.
+            self.chances, self.tokens = chances, tokens
         for token, following in zip(step.ids, step.ids[1:], strict=False):
             self._see(token, following)
 

@@ -68,7 +68,13 @@ def bench(
         out: file that the result is written to, as JSON. Until then finished questions are kept beside it, and a run
             that was cut off goes on where it stopped; what drafters learnt by then is lost.
         skipped: contenders that do not run here, with the reason.
+
+    Raises `ValueError` without questions, when `out` is a folder, or when what is kept beside it is of another run.
     """
+    if not protocol.questions:
+        raise ValueError("no question is left to ask: give more of them")
+    if out is not None and out.is_dir():
+        raise ValueError(f"{out} is a folder: give the file to write the result to")
     made = contenders()
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
@@ -133,7 +139,8 @@ def _told_apart(provenance: Mapping[str, Any], everyone: Sequence[str], protocol
 
 def _files(contender: str) -> list[Any]:
     """The drafters' files, where the listing that names the contender names folders, and when they were written."""
-    folders = [Path(part) for part in contender.split(" ")[0].split("+")]
+    listing = next((contender.removesuffix(f" {way}") for way in WAYS if contender.endswith(f" {way}")), contender)
+    folders = [Path(part) for part in listing.split("+")]
     return sorted([path.name, path.stat().st_mtime_ns] for folder in folders for path in folder.glob("*.*"))
 
 

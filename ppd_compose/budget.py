@@ -74,6 +74,11 @@ class Budget:
         return cls(MEASURED_ROWS, contexts, tuple(map(tuple, table.tolist())))
 
     @property
+    def fixed(self) -> bool:
+        """Whether it is a number of rows alone, as `flat` makes it, and tells nothing of seconds."""
+        return self.contexts == (0,) and len(set(self.seconds[0])) == 1
+
+    @property
     def max_rows(self) -> int:
         """The most rows that one forward may have."""
         return self.rows[-1]

@@ -51,6 +51,12 @@ def refuse_cache(cache: object, model: PreTrainedModel) -> None:
             raise ValueError(f"{type(layer).__name__} cannot take a candidate tree: {advice}; {keeps}")
     if getattr(cache, "offloading", False):
         raise ValueError(f"an offloaded KV cache cannot take a candidate tree: {advice}")
+    held = [int(layer.get_seq_length()) for layer in _filled(cache)]
+    if any(length != cache.get_seq_length() for length in held):
+        raise ValueError(
+            f"the layers of the KV cache hold different numbers of tokens ({sorted(set(held))}), of an image, "
+            f"say: it cannot take a candidate tree; leave {GENERATE_NAME} unset, and images out"
+        )
     windows = _windows(DynamicCache(config=model.config))
     if isinstance(cache, DynamicCache) and not cache.layers and any(window is not None for window in windows):
         raise ValueError(f"a DynamicCache without layers does not say how wide its windows are: {advice}")

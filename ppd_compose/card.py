@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .adapter import Adapter
 from .tree import Floats
 
-RELATION = "base_model: {}\nbase_model_relation: adapter\n"
 TEMPLATE = """---
 {relation}library_name: ppd_compose
 pipeline_tag: text-generation
@@ -72,7 +73,7 @@ def model_card(adapter: Adapter, results: Sequence[Mapping[str, Any]] = ()) -> s
     accuracy = accuracy_table("distance", np.asarray(adapter.accuracy)) if adapter.accuracy else "Not measured."
     return TEMPLATE.format(
         base=name,
-        relation=RELATION.format(json.dumps(name)) if adapter.identity.name else "",
+        relation=relation(adapter.identity.name, "adapter"),
         n=n,
         v=v,
         parameters=adapter.embeddings.numel(),
@@ -81,6 +82,15 @@ def model_card(adapter: Adapter, results: Sequence[Mapping[str, Any]] = ()) -> s
         facts=facts_list(adapter.training) or "Not told.",
         fingerprint=adapter.identity.fingerprint,
     )
+
+
+def relation(base: str, kind: str = "") -> str:
+    """The metadata that names the base, with a line end; nothing where `base` is no name that the Hub takes."""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return ""
+    return f"base_model: {json.dumps(base)}\n" + (f"base_model_relation: {kind}\n" if kind else "")
 
 
 def speed_table(result: Mapping[str, Any]) -> str:

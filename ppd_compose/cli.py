@@ -57,7 +57,7 @@ ListingOption = Annotated[
 QuestionsOption = Annotated[
     Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
 ]
-CountOption = Annotated[int | None, typer.Option(help="Of each category, evenly spread; all when left out.")]
+CountOption = Annotated[int | None, typer.Option(min=1, help="Of each category, evenly spread; all when left out.")]
 DraftersOption = Annotated[
     list[str] | None,
     typer.Option(help="One composition: drafters joined by '+', or 'none'. Repeatable; 'ppd' when left out."),
@@ -93,13 +93,14 @@ def demo(
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     max_new_tokens: LengthOption = 160,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     packed: Annotated[bool, typer.Option(help="Pack weights for the CPU, where it has the kernels.")] = True,
     compile: CompileOption = False,
 ) -> None:
     """Stream an answer with guessed tokens coloured, then compare with plain generate."""
     from .demo import demo as show
 
-    loaded = load_base(base, dtype)
+    loaded = load_base(base, dtype, device)
     console.print(f"[dim]base: {escape(loaded.origin)}[/]", highlight=False)
     out, way = Console(highlight=False), {"packed": packed and can_pack(loaded.model), "compile": compile}
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
@@ -116,6 +117,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     rows: RowsOption = None,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     packed: PackedOption = False,
     compile: CompileOption = False,
 ) -> None:
@@ -123,7 +125,7 @@ def generate(
     from .answer import answer
     from .compose import compose
 
-    loaded = load_base(base, dtype)
+    loaded = load_base(base, dtype, device)
     sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
     model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=compile)
     stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)

@@ -16,8 +16,9 @@ from .accept import MatchPicks
 from .budget import Budget
 from .drafters import load_drafter
 from .evidence import Evidence
+from .followed import Apart, Followed
 from .forward import chosen
-from .generation import Composed, Followed
+from .generation import Composed
 from .mask import refuse_attention
 from .measured import Watch
 from .plugins import Plugins, name_of
@@ -73,7 +74,7 @@ def compose(
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.forwards = chosen(model, base, packed, compile)
-    model.followed = None if packed or compile else Followed(base)
+    model.followed = Apart(base) if packed or compile else Followed(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
     model.budget, model.watch = Budget.flat(budget) if isinstance(budget, int) else budget, watch
     return model

@@ -55,7 +55,8 @@ def _from_hub_cache() -> DemoBase | None:
         path = Path(snapshot_download(REPO, allow_patterns=FILES, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return DemoBase(path, f"{REPO} in the Hugging Face cache") if (path / "model.safetensors").exists() else None
+    whole = all((path / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    return DemoBase(path, f"{REPO} in the Hugging Face cache") if whole else None
 
 
 def _from_hub() -> DemoBase | None:

@@ -24,16 +24,18 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
 
     Args:
         source: the name of a shipped drafter ("ppd" and others, for SmolLM2-135M-Instruct), the name of a kind that
-            needs no files ("lookup", "recycling"), a folder, or a Hub id.
+            needs no files ("lookup", "recycling"), a folder, or a Hub id. A `Path` is a folder.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub; None takes the one that was stored at login.
 
     Raises:
         FileNotFoundError: `source` is no name, folder or reachable repository.
-        ValueError: no installed kind knows the files, or the one that does refuses them.
+        ValueError: no installed kind knows the files, the one that does refuses them, or a name is a drafter's folder
+            here as well.
     """
     kinds = installed()
-    kind, shipped = kinds.get(str(source)), shipped_drafter(str(source))
+    name = _name(source)
+    kind, shipped = kinds.get(name), shipped_drafter(name)
     if kind is not None and shipped is not None:
         return kind.from_pretrained(shipped)
     if kind is not None and not hasattr(kind, "from_pretrained"):
@@ -45,6 +47,18 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
     raise ValueError(
         f"{source} holds {sorted(files)}, which no installed kind of drafter knows: {', '.join(sorted(kinds))}"
     )
+
+
+def _name(source: str | Path) -> str:
+    """`source` where it may be a name, else ""."""
+    if isinstance(source, Path):
+        return ""
+    known = source in installed() or shipped_drafter(source) is not None
+    if known and any((Path(source) / name).is_file() for name in CONFIGS):
+        raise ValueError(
+            f"{source!r} is the name of a drafter and a folder here: write './{source}' for the folder, or rename it"
+        )
+    return source
 
 
 def _given(**values: str | None) -> dict[str, str]:

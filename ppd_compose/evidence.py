@@ -22,8 +22,8 @@ FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 NEVER = -1e3  # the same of a whole path
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
-ALONE, ALONE_HOLDS = (0.0, 1.0, -1.0), 16.0
-AMONG, AMONG_HOLDS = (0.5, 0.7, -1.0), 4.0
+ALONE, ALONE_HOLDS = (0.0, 1.0, -1.0, 0.0), (16.0, 16.0, 16.0, 16.0)
+AMONG, AMONG_HOLDS = (0.5, 0.7, -1.0, 0.0), (4.0, 4.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Heard:
     """A merged tree, and what each drafter said about each of its nodes."""
 
     tree: TokenTree
-    features: Floats  # [nodes, drafters x 3 + 1]
+    features: Floats  # [nodes, drafters x 4 + 1]
     depths: Ints  # [nodes], at most DEPTHS
 
 
@@ -39,9 +39,9 @@ class Evidence:
     """Drafters' claims about the children of a node are pooled: the log-odds that each drafter gives a child against
     none of those it named, weighed and added (a logarithmic opinion pool; Genest and Zidek 1986).
 
-    A drafter has three weights: for naming a child, for the log-odds that it gives, and for naming others only. One
-    more is for a child that several name. They are learnt while decoding, by depth, from the children of accepted
-    nodes, of which the model told which one was right.
+    A drafter has four weights: for naming a child, for the log-odds that it gives, for naming others only, and for
+    holding no other likelier. One more is for a child that several name. They are learnt while decoding, by depth, from
+    the children of accepted nodes, of which the model told which one was right.
 
     Args:
         drafters: their names; the i-th is the i-th bit of a node's sources.
@@ -52,7 +52,8 @@ class Evidence:
     def __init__(self, drafters: Sequence[str]) -> None:
         weights, holds = (AMONG, AMONG_HOLDS) if len(drafters) > 1 else (ALONE, ALONE_HOLDS)
         prior = np.append(np.tile(weights, len(drafters)), 0.0)
-        self.learners = [ConditionalLogit(prior, np.full(prior.shape, holds)) for _ in range(DEPTHS)]
+        held = np.append(np.tile(holds, len(drafters)), holds[0])
+        self.learners = [ConditionalLogit(prior, held) for _ in range(DEPTHS)]
         self.drafters = tuple(drafters)
 
     def learnt(self) -> dict[str, Any]:
@@ -114,15 +115,19 @@ class Evidence:
                 learner.learn(heard.features[among], choice, right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
-        """For each drafter: did it name the token, with which log-odds, did it name others only; then, did several."""
+        """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best
+        guess there; then, did several name it."""
         named: Bools = ~np.isnan(claims)
         above = np.maximum(parents, 0)
         mass = np.zeros_like(claims)
         np.add.at(mass, above, np.exp(claims, where=named, out=np.zeros_like(claims)))
         odds = np.clip(claims, FAINTEST, 0) - np.log(np.clip(1 - mass, LEAST, 1))[above]
         spoke = (mass > 0)[above]
+        highest = np.full_like(claims, -np.inf)
+        np.fmax.at(highest, above, claims)
+        best = named & (claims == highest[above])
         several = named.sum(1) > 1
-        each = np.stack([named, np.where(named, odds, 0.0), spoke & ~named], 2).reshape(len(claims), -1)
+        each = np.stack([named, np.where(named, odds, 0.0), spoke & ~named, best], 2).reshape(len(claims), -1)
         return np.column_stack([each, several])
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:

@@ -57,6 +57,11 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Fo
             "the forward of this base was replaced on the object itself, as accelerate's hooks and patches do, and "
             "a compiled one would pass that by: leave compile=False, or load the base without it"
         )
+    if (packed or compile) and getattr(base, "is_loaded_in_8bit", False):
+        raise ValueError(
+            "layers in 8 bits by bitsandbytes take their weights over from the base, which would have none then: leave "
+            "packed and compile out"
+        )
     if packed or compile:
         _own_modules(model)
         group(model)

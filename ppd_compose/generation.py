@@ -23,10 +23,12 @@ from .budget import Budget
 from .cache import GENERATE_NAME
 from .decode import Decoding, Request
 from .evidence import Evidence
+from .followed import Apart, Followed
 from .forward import Forward
+from .mask import refuse_attention
 from .measured import Watch, measured_budget
 from .plugins import Plugins
-from .refuse import refuse_arguments, refuse_request
+from .refuse import refuse_arguments, refuse_request, refuse_wrapper
 from .saved import save_composition
 from .stats import Stats
 from .storage import write_text
@@ -41,7 +43,8 @@ class Composed:
     budget: Budget | None
     watch: Watch | None
     stats: Stats
-    followed: Followed | None  # None: the submodules are its own
+    followed: Followed | Apart
+    generation_config: GenerationConfig
 
     @torch.no_grad()
     def generate(
@@ -67,9 +70,10 @@ class Composed:
             MalformedDraft: a drafter returned what is no candidate tree; what was generated until then is lost.
         """
         try:
-            if self.followed is not None:
-                self.followed.take_up(self)
-            refuse_arguments(kwargs, generation_config)
+            self.followed.take_up(self)
+            refuse_attention(self)  # type: ignore[arg-type]
+            refuse_wrapper(self)
+            refuse_arguments(kwargs, generation_config or self.generation_config)
             return super().generate(  # type: ignore[misc,no-any-return]
                 inputs,
                 generation_config,
@@ -82,6 +86,12 @@ class Composed:
         finally:
             if streamer is not None:
                 streamer.end()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a composed {type(self).__name__} shares its base's weights and can be neither copied nor pickled: copy "
+            "or save the base, and compose it again; save_composition keeps the drafters"
+        )
 
     def warmup(self) -> None:
         """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait."""
@@ -108,20 +118,6 @@ class Composed:
         return super()._get_stopping_criteria(  # type: ignore[misc, no-any-return]
             generation_config, stopping_criteria, stopping_criteria.tokenizer or tokenizer
         )
-
-
-class Followed:
-    """The outermost submodules of a base, which its composition shares: who replaces one of them on the base, as PEFT
-    does with an output head that it adapts, means the composition too."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.modules, self.known = base._modules, dict(base._modules)
-
-    def take_up(self, model: Any) -> None:
-        """Give `model` those that were replaced since."""
-        for name, module in self.modules.items():
-            if module is not self.known.get(name):
-                model._modules[name] = self.known[name] = module
 
 
 class _Criteria(StoppingCriteriaList):

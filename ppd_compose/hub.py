@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
@@ -19,6 +19,9 @@ from .storage import staged_folder
 
 TEMPLATE = DATA / "custom_generate.template"
 SHARED = ("*.json", "*.safetensors", "*.md", "*.py", "*.txt", "*.jinja", "*.model")  # no pickles, nothing hidden
+CONFIG = "config.json"
+# Beside a configuration they decide what it is of, or hold its weights.
+RIVALS = ("adapter_config.json", "*_origin.json", "*.index.json", "*.safetensors", "*.bin", "*.pt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -76,7 +79,7 @@ def push_folder(
     Raises:
         FileNotFoundError: `folder` is none.
         ValueError: it holds a link that leads out of it, weights that are pickles only, or nothing to upload; or the
-            repository is there already and public, though `private`.
+            repository is there already and public, though `private`, or holds files that would be read instead.
         OSError: the Hub refused or could not be reached; its last commit stays as it was.
     """
     if not folder.is_dir():
@@ -89,6 +92,7 @@ def push_folder(
             code = TEMPLATE.read_text(encoding="utf-8")
             code = code.format(repo=repo_id, revision=revision, whole=COMPOSITION in files)
             files["custom_generate/generate.py"] = code.encode()
+        _refuse_rivals(set(hub.list_repo_files(repo_id, revision=None if create_pr else revision)), set(files), repo_id)
         adds = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = hub.create_commit(repo_id, adds, revision=revision, commit_message=message, create_pr=create_pr)
     return str(commit.pr_url or commit.commit_url)
@@ -102,6 +106,17 @@ def _repository(hub: HfApi, repo_id: str, private: bool | None, branch: str | No
     if branch is not None and not branch.startswith("refs/"):
         hub.create_branch(made, branch=branch, exist_ok=True)
     return made
+
+
+def _refuse_rivals(there: set[str], files: set[str], repo_id: str) -> None:
+    """Raise `ValueError` when files that stay beside those uploaded say, or hold, what is read in their place."""
+    for config in (PurePosixPath(name) for name in sorted(files) if PurePosixPath(name).name == CONFIG):
+        beside = (PurePosixPath(name) for name in sorted(there - files) if PurePosixPath(name).parent == config.parent)
+        if rival := next((name for name in beside if any(map(name.match, RIVALS))), None):
+            raise ValueError(
+                f"{repo_id} holds {rival}, which would be read with what is uploaded or in its place: remove it there "
+                "or give another repository"
+            )
 
 
 def _to_upload(folder: Path) -> list[Path]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import platform
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 FINGERPRINT_ROWS = 256
@@ -81,6 +83,8 @@ def device_name(model: PreTrainedModel) -> str:
 def weights_digest(model: PreTrainedModel) -> str:
     """Hash a few entries of every parameter, which adapters are active, and how weights were quantised: a fine-tune or
     a merged adapter is another model than its base, which the fingerprint of an input embedding does not tell."""
+    if away := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+        raise ValueError(f"{away} is not in memory, so nothing tells this base from others: load it without offloading")
     embeddings: Any = model.get_input_embeddings()
     digest = hashlib.sha256(fingerprint(embeddings.weight).encode())
     packed = ((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_floating_point())
@@ -90,21 +94,21 @@ def weights_digest(model: PreTrainedModel) -> str:
             continue
         entries = weight.flatten()
         step = max(1, len(entries) // ENTRIES)
-        digest.update(f"{name} {entries[::step].double().tolist()}".encode())
-    for fact in (*_active_adapters(model), getattr(model.config, "quantization_config", None) or ""):
+        digest.update(f"{name} {entries[::step].cpu().double().tolist()}".encode())
+    for fact in (*active_adapters([model]), getattr(model.config, "quantization_config", None) or ""):
         digest.update(str(fact).encode())
     return digest.hexdigest()[:16]
 
 
-def _active_adapters(model: PreTrainedModel) -> list[str]:
-    """Which adapters the layers of `model` compute with, how strongly, and whether they are off; nothing where there
-    are none."""
+def active_adapters(modules: Iterable[nn.Module | None]) -> list[str]:
+    """Which adapters the layers of `modules` compute with, how strongly, whether they are off and which are merged;
+    nothing where there are none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuned: Any = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return sorted(
-        {f"{each.active_adapters} {each.disable_adapters} {getattr(each, 'scaling', None)}" for each in tuned}
-    )
+    layers = (layer for module in modules if module is not None for layer in module.modules())
+    tuned: Any = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    facts = ("active_adapters", "disable_adapters", "scaling", "merged_adapters")
+    return sorted({" ".join(str(getattr(each, fact, None)) for fact in facts) for each in tuned})
 
 
 def _told(folder: Path) -> str:

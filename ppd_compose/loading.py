@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .demo_base import REPO, find_demo_base
+from .sources import undamaged
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -33,12 +34,18 @@ class LoadedBase:
 
 
 def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> LoadedBase:
-    """Load `source` with sdpa attention. Raises `ValueError` for an unknown dtype, `OSError` for an unknown model."""
+    """Load `source` with sdpa attention. Raises `ValueError` for an unknown dtype, damaged files or a device that is
+    not there, and `OSError` for an unknown model."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: take one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from None
     place, name, origin = source, Path(source).name if Path(source).is_dir() else source, source
     if source == "demo":
         found = find_demo_base()
         place, name, origin = str(found.folder), REPO, found.origin
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    with undamaged(source):
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return LoadedBase(model.to(device).eval(), AutoTokenizer.from_pretrained(place), name, origin)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from .replies import Reply
-from .storage import staged_folder
+from .checkpoints import checkpoint, resume
+from .replies import Reply, evaluating
 
-KEPT = 2  # checkpoints: the newest, and one before it
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -74,7 +72,8 @@ def run(
     `step(module, number)` gives the loss of batch `number`, counted from 0 over all processes. The same recipe and
     data give the same parameters on the same machine, whether or not the run was interrupted. `replies` are what
     the steps learn from, `also` what else decides what comes out, as plain data.
-    Raises `ValueError` when `folder` holds checkpoints of another recipe, of other replies or of another beginning.
+    Raises `ValueError` when `folder` holds checkpoints of another recipe, of other replies or of another beginning, and
+    when training diverged.
     """
     set_seed(recipe.seed)
     accelerator = Accelerator(device_placement=False)  # see `placed`
@@ -83,8 +82,8 @@ def run(
     processes = accelerator.num_processes  # a prepared schedule takes a step for each
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup * processes, recipe.steps * processes)
     model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
-    facts = {**asdict(recipe), **(also or {}), "begun_with": _digest(trained, replies)}
-    done = _resume(accelerator, folder, facts)
+    facts = {**asdict(recipe), **(also or {}), "processes": processes, "begun_with": _digest(trained, replies)}
+    done = resume(accelerator, folder, facts)
     with _progress() as bar:
         task = bar.add_task("training", total=recipe.steps, completed=done)
         for number in range(done, recipe.steps):
@@ -96,24 +95,27 @@ def run(
             optimizer.zero_grad()
             _tell(bar, task, number + 1, taught)
             if (number + 1) % recipe.checkpoint_every == 0 or number + 1 == recipe.steps:
-                _checkpoint(accelerator, folder, number + 1, facts)
+                _check_finite(trained, recipe)
+                checkpoint(accelerator, folder, number + 1, facts)
     return module
 
 
 @contextmanager
 def frozen(base: Any) -> Iterator[None]:
-    """The base `placed`, without gradients and in evaluation mode; afterwards as it was, there."""
+    """The base `placed`, without gradients and in evaluation mode; afterwards as it was, there.
+
+    Raises `ValueError` for one that is spread over several devices.
+    """
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(f"the base is spread over {base.hf_device_map}: training needs it on one device, device_map=0")
     placed(base)
     trainable = [p for p in base.parameters() if p.requires_grad]
-    training = {module: module.training for module in base.modules()}
-    base.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(base):
+            yield
     finally:
-        for module, was in training.items():
-            module.training = was
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -136,8 +138,8 @@ def replies_of_batch(replies: Sequence[Reply], recipe: Recipe, number: int) -> l
     picked = []
     for at in range(number * recipe.batch_size, (number + 1) * recipe.batch_size):
         epoch, place = divmod(at, len(replies))
-        dice = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
-        picked.append(replies[int(torch.randperm(len(replies), generator=dice)[place])])
+        dice = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + epoch)
+        picked.append(replies[int(torch.randperm(len(replies), generator=dice, device="cpu")[place])])
     return picked
 
 
@@ -149,13 +151,13 @@ def points_of(reply: Reply, recipe: Recipe, ahead: int) -> range:
 
 def draw_points(reply: Reply, recipe: Recipe, ahead: int, dice: torch.Generator) -> Tensor:
     """Up to `recipe.points` of `points_of(...)`, ascending `[count]` int64."""
-    points = torch.tensor(points_of(reply, recipe, ahead), dtype=torch.long)
-    return points[torch.randperm(len(points), generator=dice)[: recipe.points]].sort().values
+    points = torch.tensor(points_of(reply, recipe, ahead), dtype=torch.long, device="cpu")
+    return points[torch.randperm(len(points), generator=dice, device="cpu")[: recipe.points]].sort().values
 
 
 def dice_of(recipe: Recipe, number: int) -> torch.Generator:
     """The random numbers of batch `number`."""
-    return torch.Generator().manual_seed(recipe.seed * 7_368_787 + number)
+    return torch.Generator("cpu").manual_seed(recipe.seed * 7_368_787 + number)
 
 
 def usable(replies: Sequence[Reply], recipe: Recipe, ahead: int) -> list[Reply]:
@@ -181,29 +183,9 @@ def _digest(parameters: Iterable[Tensor], replies: Sequence[Reply]) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(accelerator: Accelerator, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-    target = folder / f"step-{step:06}"
-    if accelerator.is_main_process and not target.exists():
-        with staged_folder(target) as staging:
-            accelerator.save_state(str(staging))
-            (staging / "recipe.json").write_text(json.dumps(facts), encoding="utf-8")
-        for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, folder: Path, facts: Mapping[str, Any]) -> int:
-    """Load the newest checkpoint and return its step, 0 without one."""
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return 0
-    if json.loads((found[-1] / "recipe.json").read_text(encoding="utf-8")) != facts:
-        raise ValueError(
-            f"{found[-1]} was written by another recipe, or with another base, other prompts or another start: give an "
-            "empty folder or remove it"
-        )
-    accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.removeprefix("step-"))
+def _check_finite(parameters: Iterable[Tensor], recipe: Recipe) -> None:
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise ValueError(f"training diverged at a learning rate of {recipe.learning_rate}: take a smaller one")
 
 
 def _tell(bar: Progress, task: TaskID, step: int, taught: Taught) -> None:

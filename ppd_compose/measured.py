@@ -27,7 +27,7 @@ ENOUGH = 32  # forwards of one number of rows before they are compared
 RECENT = 0.1  # weight of a forward in what those around it take
 LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
 TOLERANCE = 1.1  # ratio of two sizes' disagreements from which the budget is corrected
-FORWARDS = 4  # another number where this project's forwards come to take otherwise
+FORWARDS = 5  # another number where this project's forwards come to take otherwise
 
 
 def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:
@@ -98,13 +98,16 @@ def _path(model: PreTrainedModel) -> Path:
     threads = torch.get_num_threads() if model.device.type == "cpu" else 0
     identity = Identity.of(model)
     layers = model.config.get_text_config().num_hidden_layers
-    kinds = sorted({f"{type(weight).__name__} {weight.dtype}" for weight in model.parameters()})  # quantised or not
+    tensors = (*model.parameters(), *model.buffers())  # quantised weights may be either
+    kinds = sorted({f"{type(tensor).__name__} {tensor.dtype}" for tensor in tensors})
+    places = sorted(map(str, getattr(model, "hf_device_map", {}).values()))
     facts = [
         identity.fingerprint,
         layers,
         device,
         str(model.dtype),
         kinds,
+        places,
         implementation(model),
         threads,
         forward_of(model).kind,

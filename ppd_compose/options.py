@@ -5,6 +5,7 @@ Knows typer. Does not know any command.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -37,14 +38,15 @@ PointsOption = Annotated[int, typer.Option(help="Positions of each reply at whic
 RateOption = Annotated[float, typer.Option(help="Peak of the cosine schedule of the learning rate.")]
 MaxLengthOption = Annotated[int, typer.Option(help="Tokens of prompt and reply that are used.")]
 HeldOutOption = Annotated[int, typer.Option(min=1, help="Prompts kept for the accuracies.")]
-ReplyTokensOption = Annotated[int, typer.Option(help="Longest reply.")]
-ReplyBatchOption = Annotated[int, typer.Option(help="Replies generated at once.")]
+ReplyTokensOption = Annotated[int, typer.Option(min=1, help="Longest reply.")]
+ReplyBatchOption = Annotated[int, typer.Option(min=1, help="Replies generated at once.")]
 SeedOption = Annotated[int, typer.Option(help="Same seed, same file.")]
 CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
 
+ABSOLUTE = re.compile(r"(?:(?<=^)|(?<=[=+]))/(?:[^=+]*/)?([^/=+]*)/?(?=[=+]|$)")  # paths, alone or behind "=" or "+"
+
 
 def command_line() -> str:
     """This command as it was typed, without the folders of this machine."""
-    words = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ppd-compose", *words])
+    return shlex.join(["ppd-compose", *(ABSOLUTE.sub(r"\1", word) for word in sys.argv[1:])])

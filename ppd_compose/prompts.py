@@ -26,7 +26,10 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises `FileNotFoundError`, or `ValueError` naming the line that cannot be read; an empty file too.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks unescaped
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line breaks unescaped
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
     prompts = [_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ValueError(f'{path} holds no prompts: write one JSON object a line, such as {{"prompt": "Hello"}}')

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
@@ -26,6 +26,7 @@ from .cache import GENERATE_NAME, cache_name, refuse_cache
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 PREPARED = {"attention_mask", "position_ids", GENERATE_NAME, "use_cache", "logits_to_keep"}
 NEEDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+FIRST = 6  # arguments of `generate` that are handed on by their place, itself counted
 BASE = "use the base model's own generate for it"
 
 
@@ -38,15 +39,45 @@ def refuse_base(base: object) -> None:
         )
     if not base.can_generate():
         raise ValueError(f"{type(base).__name__} does not generate: load it with AutoModelForCausalLM")
+    if base.get_input_embeddings().weight.is_meta:
+        raise ValueError(
+            f"the weights of this {type(base).__name__} are not in memory (offloaded by device_map, or never loaded): "
+            "load it onto one device, in fewer bits where it is too large"
+        )
     if base.config.is_encoder_decoder:
         raise ValueError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can verify a tree")
     if getattr(base.config.get_text_config(), "alibi", False):
         raise ValueError(f"{type(base).__name__} uses ALiBi, which takes no tree mask: no composition is possible")
+    _refuse_loops(type(base))
     _refuse_layers(base)
     if missing := sorted({*NEEDED, cache_name(base)} - set(inspect.signature(base.forward).parameters)):
         raise ValueError(
             f"{type(base).__name__}.forward takes no {', '.join(missing)}, which say where the nodes of a tree stand "
             "and what they see: no composition is possible"
+        )
+
+
+def _refuse_loops(kind: Any) -> None:
+    """Raise `ValueError` for a class that decodes by a loop of its own, or prepares it by arguments of its own."""
+    usual: Any = GenerationMixin
+    given, taken = (list(inspect.signature(of.generate).parameters) for of in (kind, usual))
+    passed_on = set(given) <= {"self", "args", "kwargs"}
+    if kind._sample is not usual._sample or not (passed_on or given[:FIRST] == taken[:FIRST]):
+        raise ValueError(
+            f"{kind.__name__} generates by a loop or by arguments of its own, which a composed model would pass by: no "
+            "composition is possible"
+        )
+
+
+def refuse_wrapper(model: object) -> None:
+    """Raise `ValueError` for a composed model around which PEFT put prompt learning, which adds to every forward of
+    plain decoding what those of trees would lack."""
+    patched = vars(model).get("prepare_inputs_for_generation")
+    own = type(model).prepare_inputs_for_generation  # type: ignore[attr-defined]
+    if patched is not None and getattr(patched, "__func__", None) is not own:
+        raise ValueError(
+            "what this model does before a forward was replaced, as PEFT does for prompt and prefix tuning; those "
+            f"of candidate trees would lack it: {BASE}"
         )
 
 
@@ -80,9 +111,9 @@ def _is_mask(buffer: Tensor) -> bool:
     return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
-def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig | None) -> None:
-    """Raise `ValueError` for keyword arguments of `generate`, or a `config` among them, that have no meaning for a
-    candidate tree."""
+def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
+    """Raise `ValueError` for keyword arguments of `generate`, or `configs` that it would heed, that have no meaning for
+    a candidate tree."""
     if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
         raise ValueError("a composed model drafts itself: pass the other drafter to compose() instead")
     if kwargs.get("custom_generate") is not None:
@@ -91,7 +122,7 @@ def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig | None) ->
         raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
     if kwargs.get("position_ids") is not None:
         raise ValueError("position_ids follow from attention_mask here: pass that instead")
-    if kwargs.get("token_healing") or getattr(config, "token_healing", False):
+    if kwargs.get("token_healing") or any(getattr(config, "token_healing", False) for config in configs):
         raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
     if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
         raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")
@@ -158,6 +189,12 @@ def _refuse_input(
     if mask is not None and not mask[0, -1]:
         raise ValueError("the prompt ends in padding, which a text cannot go on from: pad on the left, or not at all")
     tokens = cached + new if mask is None else int(mask[0].sum())
+    places: Any = model_kwargs.get("position_ids")
+    if places is not None and bool((places[..., -1] != tokens - 1).any()):
+        raise ValueError(
+            f"{type(model).__name__} places the last token at {places[..., -1].unique().tolist()}, behind {tokens - 1} "
+            f"others: after images, say, whose positions a candidate tree does not know: {BASE}"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch import nn
 from transformers import PreTrainedModel
 
 from .identity import weights_digest
@@ -60,12 +61,25 @@ def own_replies(
     missing = sorted({tuple(ids) for ids in prompts} - known.keys(), key=lambda ids: (len(ids), ids))
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     bar = progress or Progress(disable=True)
-    for batch in bar.track(batches, description="own replies"):
-        made = list(zip(batch, _generate(model, [list(ids) for ids in batch], max_new_tokens), strict=True))
-        text = json.dumps(made)
-        write_text(cache / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text)
-        known |= dict(made)
+    with evaluating(model):
+        for batch in bar.track(batches, description="own replies"):
+            made = list(zip(batch, _generate(model, [list(ids) for ids in batch], max_new_tokens), strict=True))
+            text = json.dumps(made)
+            write_text(cache / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text)
+            known |= dict(made)
     return [Reply(list(ids), known[tuple(ids)]) for ids in prompts]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; afterwards every module as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from .bench_job import SCHEMA
 from .budget import Budget
@@ -30,11 +30,20 @@ def write_report(sources: Sequence[Path], target: Path) -> None:
         FileNotFoundError: a file is missing.
         ValueError: one is no result of `ppd-compose bench`, or of another version.
     """
-    results = [_read(path) for path in sources]
+    results = [(path, _read(path)) for path in sources]
     pages = Environment(
         loader=FileSystemLoader(DATA), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(target, pages.get_template("report.html.j2").render(results=[laid_out(result) for result in results]))
+    template, shown = pages.get_template("report.html.j2"), []
+    for path, result in results:
+        try:
+            shown.append(laid_out(result))
+            template.render(results=shown[-1:])
+        except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+            raise ValueError(
+                f"{path} lacks what a page tells, or tells it otherwise ({error!r}): run it again"
+            ) from None
+    write_text(target, template.render(results=shown))
 
 
 def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +61,7 @@ def laid_out(result: Mapping[str, Any]) -> dict[str, Any]:
         "gain": composition_gain(runs),
         "drafters": drafters,
         "deepest": DEEPEST,
-        "latency": [_latency(name, budget, runs) for name, budget in _different(result["budgets"]).items()],
+        "latency": [_latency(name, budget, runs) for name, budget in _different(result.get("budgets", {})).items()],
         "acceptance": [_acceptance(run) for run in runs if run["acceptance"]],
         "reliability": [_reliability(run) for run in runs if run.get("reliability")],
         "square": SQUARE,

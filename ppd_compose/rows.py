@@ -108,7 +108,7 @@ class BestRows:
         gained = added(step, tree, pace.rate * pace.curve)
         self.worth.judge(step, gained)
         pace.drafting = 0.0
-        if pace.curve[0] == pace.curve[-1]:  # a fixed number of rows: nothing is known of seconds
+        if step.budget.fixed:
             return
         forward, drafters = float(pace.curve[0]), len(step.drafters)
         for name, gain in zip(step.drafters, gained, strict=True):

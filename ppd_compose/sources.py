@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HTTPError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
 from torch import Tensor
 
 
@@ -56,6 +61,15 @@ def asking_the_hub(repo: str, revision: str | None) -> Iterator[None]:
         raise kind(
             f"{where}: {error}; check the name, what the token may see (hf auth login) and the connection"
         ) from error
+
+
+@contextmanager
+def undamaged(source: str | Path) -> Iterator[None]:
+    """Let a model's files that cannot be read be a `ValueError` that names `source`."""
+    try:
+        yield
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{source} is damaged ({error}): fetch or save it again") from error
 
 
 def lies_whole(tensor: Tensor) -> bool:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Where this project keeps what it can make again: `$PPD_COMPOSE_HOME`, else the user's cache."""
-    own = os.environ.get("PPD_COMPOSE_HOME")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ppd_compose"
+    own, cache = os.environ.get("PPD_COMPOSE_HOME"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(cache) / "ppd_compose").expanduser()
 
 
 @contextmanager

@@ -76,15 +76,15 @@ def train_prompt_tokens(
 def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:
     """Rows near the mean of the base's embeddings `[n, v, hidden]` float32, from the seed alone."""
     weight: Tensor = base.get_input_embeddings().weight.detach().float().cpu()
-    dice = torch.Generator().manual_seed(recipe.seed)
-    noise = torch.randn(recipe.num_prompt_tokens, recipe.ensemble, weight.shape[1], generator=dice)
+    dice = torch.Generator("cpu").manual_seed(recipe.seed)
+    noise = torch.randn(recipe.num_prompt_tokens, recipe.ensemble, weight.shape[1], generator=dice, device="cpu")
     return weight.mean(0) + 0.1 * weight.std() * noise
 
 
 def make_batch(replies: Sequence[Reply], recipe: PromptRecipe, number: int) -> Batch:
     """Pad `replies` and draw up to `recipe.points` insertion points in each, from the seed and `number`."""
     dice = dice_of(recipe, number)
-    ids = [torch.tensor(reply.ids[: recipe.max_length]) for reply in replies]
+    ids = [torch.tensor(reply.ids[: recipe.max_length], device="cpu") for reply in replies]
     drawn = [draw_points(reply, recipe, recipe.num_prompt_tokens, dice) for reply in replies]
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(pad(ids, batch_first=True), pad(drawn, batch_first=True, padding_value=-1))
@@ -96,7 +96,7 @@ def evaluate(
 ) -> list[list[float]]:
     """Accuracy by distance and rank `[n][10]` on `replies`, at up to `recipe.points` points of each."""
     n = recipe.num_prompt_tokens
-    hits = torch.zeros(n, RANKS, dtype=torch.float64)
+    hits = torch.zeros(n, RANKS, dtype=torch.float64, device="cpu")
     seen = 0
     for number, reply in enumerate(r for r in replies if points_of(r, recipe, n)):
         batch = make_batch([reply], recipe, number).to(base.device)

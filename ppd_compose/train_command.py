@@ -39,6 +39,7 @@ def command(
 ) -> None:
     """Train prompt tokens (Parallel Prompt Decoding) and write them as an adapter. Interrupted, it resumes."""
     from .drafters import load_drafter
+    from .prompt import PromptTokens
     from .prompts import read_prompts
     from .train import PromptRecipe
     from .train_job import train_ppd
@@ -48,11 +49,14 @@ def command(
         steps, batch_size, points, max_length, learning_rate, seed=seed, checkpoint_every=checkpoint_every,
         num_prompt_tokens=num_prompt_tokens, ensemble=ensemble,
     )  # fmt: skip
+    start = None if start_from is None else load_drafter(start_from)
+    if not isinstance(start, PromptTokens | None):
+        raise ValueError(f"--start-from {start_from} is {type(start).__name__}: prompt tokens go on from prompt tokens")
     loaded = load_base(base, dtype, device)
     prompt = train_ppd(
         loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
         reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data,
-        start=None if start_from is None else load_drafter(start_from),
+        start=start,
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
     Console(stderr=True).print(f"adapter in {out}; top-1 by distance {first} on held-out replies")

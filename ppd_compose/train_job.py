@@ -5,8 +5,8 @@ Knows the order: prompts, own replies, training, files. Each part is a module of
 
 from __future__ import annotations
 
-import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +17,17 @@ import transformers
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoints import discard
 from .identity import Identity, device_name
 from .prompt import PromptTokens
 from .prompts import Prompt, encode
 from .replies import Reply, own_replies
+from .sources import read_object
 from .storage import cache_folder
 from .train import PromptRecipe, train_prompt_tokens
+
+CONFIG = "config.json"
+MARK = "ppd_compose"  # what our configurations hold
 
 
 def train_ppd(
@@ -43,23 +48,41 @@ def train_ppd(
     """Train prompt tokens for `base` on its own replies to `prompts` and save them to `out`.
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt;
-    checkpoints lie in `out/checkpoints` until the adapter is written, so a killed call goes on where it stopped.
+    checkpoints lie in `out` until the adapter is written, so a killed call goes on where it stopped.
     Training goes on from `start` where prompt tokens are given.
+    Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
+    checkpoints = checkpoints_in(out)
     if start is not None:
         start.prepare(base)
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    trained = train_prompt_tokens(
-        base, replies, held, recipe, out / "checkpoints", None if start is None else start.embeddings
-    )
+    trained = train_prompt_tokens(base, replies, held, recipe, checkpoints, None if start is None else start.embeddings)
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     prompt = PromptTokens(trained.embeddings, trained.accuracy, identity, facts)
     prompt.save_pretrained(out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
+    discard(checkpoints)
     return prompt
+
+
+def checkpoints_in(out: Path, mark: str = MARK) -> Path:
+    """The folder for the checkpoints of a training that writes to `out`, hidden so that nobody uploads it. Raises as
+    `refuse_out`."""
+    refuse_out(out, mark)
+    return out / ".checkpoints"
+
+
+def refuse_out(out: Path, mark: str = MARK) -> None:
+    """Raise `ValueError` when `out` is a file, or holds a model whose configuration has no entry `mark`: it would be
+    written over."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give the folder to write")
+    if (out / CONFIG).is_file() and "model_type" in (told := read_object(out / CONFIG)) and mark not in told:
+        raise ValueError(
+            f"{out} holds a model ({told['model_type']}), which would be written over: give another folder"
+        )
 
 
 def split_replies(
@@ -71,8 +94,12 @@ def split_replies(
     reply_batch: int,
 ) -> tuple[list[Reply], list[Reply]]:
     """The base's own replies to train on, and those of the last `held_out` prompts (at most a tenth); a prompt that is
-    given twice counts once."""
+    given twice counts once.
+
+    Prompts that leave no room for a reply are left out, with a warning. Raises `ValueError` when none is left.
+    """
     ids = list(dict.fromkeys(tuple(encode(tokenizer, prompt.turns[0])) for prompt in prompts))
+    ids = _with_room(ids, getattr(base.config.get_text_config(), "max_position_embeddings", None), reply_tokens)
     with Progress() as progress:
         replies = own_replies(
             base, ids, cache_folder() / "replies",
@@ -80,6 +107,21 @@ def split_replies(
         )  # fmt: skip
     kept = len(replies) - min(held_out, max(1, len(replies) // 10))
     return replies[:kept], replies[kept:]
+
+
+def _with_room(prompts: list[tuple[int, ...]], positions: int | None, reply_tokens: int) -> list[tuple[int, ...]]:
+    if positions is None:
+        return prompts
+    short = [ids for ids in prompts if len(ids) + reply_tokens <= positions]
+    told = (
+        f"with replies of {reply_tokens} tokens {len(prompts) - len(short)} of {len(prompts)} prompts exceed the "
+        f"{positions} positions of the base"
+    )
+    if not short:
+        raise ValueError(f"{told}: shorten them, or lower reply_tokens")
+    if len(short) < len(prompts):
+        warnings.warn(f"{told}: left out", stacklevel=3)
+    return short
 
 
 def training_facts(

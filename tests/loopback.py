@@ -19,6 +19,7 @@ import yaml
 
 TOKEN = "hf_loopback"
 API = re.compile(r"^/api/models/([^/]+/[^/]+?)(?:/(revision|preupload|commit|tree|branch|tag|refs)(?:/([^/]+))?.*)?$")
+NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FILE = re.compile(r"^/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
@@ -239,9 +240,10 @@ def _mode(path: str, files: dict[str, bytes]) -> dict[str, object]:
 
 
 def _validated(card: str) -> dict[str, list[str]]:
-    """Refuses a card whose metadata are no YAML, or not of the types that the Hub wants."""
+    """Refuses a card whose metadata are no YAML, or not such as the Hub wants."""
     told = yaml.safe_load(card.split("---")[1])
-    if not isinstance(told.get("base_model", ""), str) or not all(isinstance(tag, str) for tag in told.get("tags", [])):
+    named = NAME.fullmatch(told.get("base_model", "user/base"))
+    if not named or not all(isinstance(tag, str) for tag in told.get("tags", [])):
         raise Refused(400)
     return {"errors": [], "warnings": []}
 

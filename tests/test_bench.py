@@ -11,7 +11,7 @@ from rich.console import Console
 from test_compose import tokenizer
 from tiny import prompt, tiny
 
-from ppd_compose import compose
+from ppd_compose import bench_job, compose
 from ppd_compose.bench import Answered, Protocol, divergence, joined, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
@@ -171,3 +171,17 @@ def test_later_turns_follow_the_answers_to_those_before():
     assert asked[1].ids[0].tolist() == encode(words, "ab", said, "cd")
     assert asked[2].ids[0].tolist() == encode(words, "ab", said, "cd", said, "ef")
     assert len(questions_from(prompts, words, None)) == 2
+
+
+def test_what_cannot_be_asked_or_written_is_told_before_anything_is_run(tmp_path):
+    loaded = LoadedBase(tiny(), tokenizer(), "tiny", "here")
+    for questions, out, message in (([], None, "no question"), ([Question(prompt(), "qa")], tmp_path, "is a folder")):
+        with pytest.raises(ValueError, match=message):
+            bench(loaded, lambda: pytest.fail("made"), Protocol(questions, 1, 8, 0.0), "", Console(quiet=True), out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_files_of_drafters_are_watched_in_folders_with_spaces_too(tmp_path):
+    (tmp_path / "my adapter").mkdir()
+    (tmp_path / "my adapter" / "config.json").touch()
+    assert [name for name, _ in bench_job._files(f"lookup+{tmp_path}/my adapter packed")] == ["config.json"]

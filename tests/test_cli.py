@@ -1,6 +1,7 @@
 """The commands, on a tiny base saved to a folder: help, results, and errors in one line."""
 
 import json
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from ppd_compose import PromptTokens, cli, demo_base
 from ppd_compose.identity import Identity
+from ppd_compose.options import command_line
 from ppd_compose.packed import can_pack
 
 
@@ -29,6 +31,9 @@ def place(tmp_path_factory):
     PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(base)).save_pretrained(folder / "adapter")
     lines = [{"category": c, "prompt": f"{c}abcdefg"} for c in ("writing", "qa", "math", "qa", "qa")]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shutil.copytree(folder / "base", folder / "cut")
+    with (folder / "cut" / "model.safetensors").open("rb+") as file:
+        file.truncate(3000)
     return folder
 
 
@@ -164,6 +169,16 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
             ["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/x", "--steps", "0"],
             "steps must be at least 1",
         ),
+        (
+            ["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/x", "--start-from", "lookup"],
+            "prompt tokens go on from prompt tokens",
+        ),
+        (["train", "ppd", "--prompts", "{}/prompts.jsonl", "--out", "{}/base", "--base", "{}/base"], "written over"),
+        (["train", "ngram", "--prompts", "{}/prompts.jsonl", "--out", "{}/base", "--base", "{}/base"], "written over"),
+        (["train", "medusa", "--prompts", "{}/prompts.jsonl", "--out", "{}/base", "--base", "{}/base"], "written over"),
+        (["train", "eagle", "--prompts", "{}/prompts.jsonl", "--out", "{}/base", "--base", "{}/base"], "written over"),
+        (["generate", "a", "--base", "{}/cut"], "cut is damaged"),
+        (["generate", "a", "--base", "{}/base", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
         (["generate", "a", "--base", "{}/base", "--dtype", "int3"], "dtype 'int3' is unknown"),
         (["generate", "a", "--base", "{}/base", "--drafters", "{}/nothing"], "no folder and no Hub id"),
         (["demo", "--base", "{}/base", "--drafters", "{}"], "which no installed kind of drafter knows"),
@@ -207,9 +222,31 @@ def test_errors_and_questions_are_told_as_they_are(place, monkeypatch, capsys, t
     assert text in invoke(*words).stdout
 
 
+@pytest.mark.parametrize("words", [("bench", "--per-category", 0), ("train", "ngram", "--reply-batch", -1)])
+def test_a_count_of_nothing_is_no_option(words):
+    told = invoke(*words)
+    assert told.exit_code == 2
+    assert "greater than or equal to" in told.output
+
+
 def test_no_held_out_prompt_is_no_option(place, tmp_path):
     words = ["train", "ppd", "--prompts", place / "prompts.jsonl", "--out", tmp_path / "out", "--held-out", 0]
     assert invoke(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--out=/home/me/x", "--base", "/data/My Model"], "ppd-compose --out=x --base 'My Model'"),
+        (
+            ["--drafters", "ppd+/home/me/y+lookup", "--json", "./x.json"],
+            "--drafters ppd+y+lookup --json ./x.json",
+        ),
+    ],
+)
+def test_commands_are_told_without_the_folders_of_this_machine(monkeypatch, words, told):
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", *words])
+    assert command_line().endswith(told)
 
 
 def test_ctrl_c_ends_with_130(monkeypatch):

@@ -1,12 +1,15 @@
 """What compose returns, what it leaves alone and what it refuses."""
 
 import copy
+import pickle
 import string
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import FAMILIES, Oracle, continuing, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -20,6 +23,7 @@ from transformers import (
     GenerationConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
@@ -215,6 +219,13 @@ def test_bases_that_cannot_verify_a_tree_are_refused(monkeypatch):
         patch.setattr(refuse, "is_fsdp_managed_module", lambda _: True)
         with pytest.raises(ValueError, match="without tp_plan, FSDP or ZeRO-3"):
             compose(tiny())
+    with pytest.raises(ValueError, match="not in memory"):
+        compose(cpu_offload(tiny(), execution_device="cpu"))
+    for name in ("_sample", "generate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaForCausalLM, name, lambda self, pixels, **kwargs: None)
+            with pytest.raises(ValueError, match="by a loop or by arguments of its own"):
+                compose(tiny())
     flash = tiny()
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
@@ -309,3 +320,50 @@ def test_a_default_device_elsewhere_is_not_where_the_host_works():
     base = tiny()
     with torch.device("meta"):
         assert measured_budget(base).max_rows == 64
+
+
+def test_attention_that_is_changed_after_composing_is_refused():
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=8)
+    base.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        model.generate(prompt(), max_new_tokens=5)
+
+
+def test_token_healing_of_the_models_own_config_is_refused():
+    model = compose(tiny(), prompt_tokens(), budget=8)
+    model.generation_config.token_healing = True
+    with pytest.raises(ValueError, match="heal_tokens"):
+        model.generate(prompt(), max_new_tokens=5)
+
+
+def test_prompt_tuning_around_a_composition_is_refused():
+    model = compose(tiny(dtype=torch.float32), prompt_tokens(), budget=8)
+    tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="prompt and prefix tuning"):
+        tuned.generate(input_ids=prompt(), max_new_tokens=5)
+
+
+def test_lora_around_a_composition_decodes():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8)
+    tuned = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    settings = {"input_ids": prompt(), "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(tuned.generate(**settings), base.generate(**settings))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_would_part_it_from_its_base(copied):
+    model = compose(tiny(), prompt_tokens(), budget=8)
+    with pytest.raises(TypeError, match="neither copied nor pickled: copy or save the base"):
+        copied(model)
+
+
+def test_positions_that_a_tree_does_not_know_are_refused(monkeypatch):
+    """As behind images, where a text goes on at other positions than its tokens count."""
+    usual = LlamaForCausalLM._prepare_position_ids_for_generation
+    monkeypatch.setattr(
+        LlamaForCausalLM, "_prepare_position_ids_for_generation", lambda *given: usual(*given)[None] + 7
+    )
+    with pytest.raises(ValueError, match=r"places the last token at \[18\], behind 11 others"):
+        compose(tiny(), prompt_tokens(), budget=8).generate(prompt(), max_new_tokens=5)

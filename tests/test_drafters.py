@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,19 @@ def test_drafters_by_name_and_folder(tmp_path):
     assert isinstance(load_drafter(tmp_path / "mine"), PromptTokens)
     model = compose(base, "lookup", tmp_path / "mine", "recycling")
     assert list(model.plugins.drafters) == ["lookup", "ppd", "recycling"]
+
+
+def test_a_folder_with_a_drafters_name_is_not_passed_by(tmp_path, monkeypatch):
+    base, mine = small_base(), prompt_tokens()
+    mine.identity = Identity.of(base)
+    mine.save_pretrained(tmp_path / "ppd")
+    monkeypatch.chdir(tmp_path)
+    for source in ("./ppd", Path("ppd")):
+        assert torch.equal(load_drafter(source).embeddings, mine.embeddings)
+    with pytest.raises(ValueError, match=r"name of a drafter and a folder here: write './ppd'"):
+        load_drafter("ppd")
+    (tmp_path / "lookup").mkdir()  # of anything else
+    assert isinstance(load_drafter("lookup"), PromptLookup)
 
 
 def test_a_source_that_is_nothing_says_what_it_could_be(tmp_path):

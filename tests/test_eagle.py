@@ -232,9 +232,14 @@ def test_a_level_must_earn_what_its_seconds_make_elsewhere():
 
 
 def test_with_a_fixed_number_of_rows_every_level_is_run():
-    levels = LevelPrice([100.0] * 8).levels(3, Budget.flat(8).curve(5))
+    levels = LevelPrice([100.0] * 8).levels(3, None)
     assert [levels.another(torch.tensor([-20.0])) for _ in range(4)] == [True, True, True, False]
     assert levels.all_made
+
+
+def test_where_rows_cost_nothing_a_level_still_does():
+    price = LevelPrice([100.0] * 8)
+    assert not price.levels(3, np.ones(64)).another(torch.tensor([-20.0]))
 
 
 def test_levels_are_timed_in_the_first_drafts_and_then_settled():

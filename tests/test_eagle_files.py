@@ -164,7 +164,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, version, settings, dty
         assert getattr(back.config, field) == getattr(head.config, field), field
     assert {**back.config.layer} == {**head.config.layer}
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nbase_model: some/base\n")
+    assert card.startswith('---\nbase_model: "some/base"\n')
     assert "| 1 | 0.700 |" in card
     assert "`ppd-compose train eagle --steps 3`" in card
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.eagle import train as train_module
+from ppd_compose.integrations.eagle.borrowed import borrow
 from ppd_compose.integrations.eagle.command import command
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.initial import VARIANTS, EagleRecipe, config_for, draft_vocabulary, initial_head
@@ -290,3 +291,16 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch, capsys):
 
 class Loaded:
     model, tokenizer, name = None, None, "some/base"
+
+
+def test_training_that_diverges_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="diverged"):
+        trained(tiny(dtype=torch.float32), tmp_path, replace(RECIPE, learning_rate=1e30))
+
+
+def test_an_output_head_that_is_not_in_memory_is_refused():
+    head = random_head(3)
+    base = tiny(dtype=torch.float32)
+    base.lm_head.to("meta")
+    with pytest.raises(ValueError, match="neither quantised nor offloaded"):
+        borrow(replace(head, lm_head=None, target_ids=None), base)

@@ -472,6 +472,38 @@ def test_an_adapter_that_is_attached_or_switched_after_composing_is_decoded_with
     assert torch.equal(answer(model), before)
 
 
+def test_packed_an_adapter_that_is_switched_after_composing_is_refused():
+    tuned = get_peft_model(
+        tiny(dtype=torch.float32), LoraConfig(init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    )
+    base = tuned.get_base_model()
+    model = compose(base, prompt_tokens(), budget=12, packed=True)
+    assert torch.equal(answer(model), answer(base))
+    with tuned.disable_adapter(), pytest.raises(ValueError, match=r"now they are .* compose anew"):
+        answer(model)
+    assert torch.equal(answer(model), answer(base))
+    tuned.merge_adapter()
+    with pytest.raises(ValueError, match="compose anew"):
+        answer(model)
+
+
+def test_packed_layers_heed_autocast():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=12, packed=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = answer(base)
+        ids = answer(model)
+    assert ids.shape == expected.shape
+    assert torch.equal(ids[:, :14], expected[:, :14])  # later ones may part at a near tie
+
+
+def test_a_base_in_eight_bits_that_hand_their_weights_over_has_no_second_layers():
+    base = tiny(dtype=torch.float32)
+    base.is_loaded_in_8bit = True
+    with pytest.raises(ValueError, match="leave packed and compile out"):
+        compose(base, packed=True)
+
+
 def test_an_output_head_that_is_adapted_or_resized_after_composing_is_decoded_with():
     base = tiny(dtype=torch.float32)
     model = compose(base, prompt_tokens(), budget=12)

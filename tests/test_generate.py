@@ -356,6 +356,16 @@ def test_layers_that_look_at_images_and_have_none():
         assert model.stats.tokens_per_forward > 2
 
 
+def test_a_cache_that_holds_an_image_is_refused():
+    base, model, ids = pair()
+    cache = DynamicCache()
+    with torch.no_grad():
+        base(ids[:, :-1], **with_cache(base, cache))
+    cache.layers[1].keys, cache.layers[1].values = (torch.zeros(1, 2, 5, 8, dtype=torch.float64) for _ in range(2))
+    with pytest.raises(ValueError, match=r"different numbers of tokens \(\[5, 11\]\)"):
+        model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=5, do_sample=False)
+
+
 def test_only_what_is_asked_for_is_kept_and_told():
     _, model, ids = pair()
     settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}

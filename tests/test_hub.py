@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants
 from loopback import TOKEN
 from peft import PeftModel, get_peft_model
+from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.medusa import MedusaHeads
 from safetensors.torch import load_file
@@ -72,6 +74,24 @@ def test_heads_are_pushed_and_load_again(hub, tmp_path, make):
     tensors = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("here", "there")]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_what_a_repository_holds_already_is_not_read_in_the_place_of_what_is_pushed(hub, tmp_path):
+    adapter().push_to_hub("user/mixed")
+    before = hub.repos["user/mixed"].files()
+    with pytest.raises(ValueError, match=r"holds adapter_config\.json, which would be read"):
+        eagle().push_to_hub("user/mixed")
+    assert hub.repos["user/mixed"].files() == before
+    MedusaHeads(random_heads(), base_name="user/base").push_to_hub("user/heads")
+    with pytest.raises(ValueError, match=r"holds medusa_lm_head\.safetensors"):
+        MedusaHeads(random_heads(), base_name="user/base").push_to_hub(
+            "user/heads", layout="vllm", base=tiny(dtype=torch.float32)
+        )
+
+
+def test_heads_without_a_base_that_the_hub_knows_are_pushed(hub):
+    EagleHead(replace(eagle().head, identity=None)).push_to_hub("user/unnamed")
+    assert b"base_model" not in hub.repos["user/unnamed"].files()["README.md"]
 
 
 def test_what_peft_pushes_is_read_here(hub):

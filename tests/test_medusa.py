@@ -732,7 +732,7 @@ def test_the_command_trains_and_writes_a_card(tmp_path):
     made = MedusaHeads.from_pretrained(tmp_path / "out")
     assert (len(made.heads), made.heads.token_map) == (2, None)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: base\n")
+    assert card.startswith('---\nbase_model: "base"\n')
     assert "| head | top 1 | top 2 | top 3 | top 5 | top 10 |" in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
 

@@ -222,6 +222,6 @@ def test_the_command_counts_and_writes_a_card(tmp_path):
     told = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
     assert told.exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: base\n")
+    assert card.startswith('---\nbase_model: "base"\n')
     assert "| distance | top 1 | top 2 | top 3 | top 5 |" in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()

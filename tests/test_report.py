@@ -126,7 +126,7 @@ def test_gain_needs_a_composition_and_a_single_drafter():
     assert gain["ratio"] == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"schema": 9}', "[]", "no"])
+@pytest.mark.parametrize("content", ["{}", '{"schema": 9}', "[]", "no", '{"schema": 1}', '{"schema": 1, "runs": []}'])
 def test_what_is_no_result_is_refused_and_nothing_is_written(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match=r"other\.json"):

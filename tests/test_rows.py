@@ -9,6 +9,7 @@ from tiny import Oracle, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, Budget, Step, TokenTree, compose, drafting, hookimpl
 from ppd_compose.asking import TIMED, TRIED, Asked
+from ppd_compose.rows import BestRows
 from ppd_compose.tree import union
 from ppd_compose.worth import added
 
@@ -247,3 +248,18 @@ def test_an_answer_begins_at_the_pace_of_the_one_before():
     first, second = (rate for index, rate in rates if index == 1)
     assert first == 0
     assert second > 1.5
+
+
+def test_a_curve_that_was_measured_flat_is_not_a_fixed_number_of_rows():
+    """Where forwards of all sizes cost the same a drafter still takes its time."""
+    level = Budget((1, 8), (128, 640), ((1.0, 1.0), (1.0, 1.0)))
+    assert not level.fixed
+    assert Budget.flat(8).fixed
+    rows = BestRows()
+    step = Step([5], 61, level, 10, drafters=("dear",))
+    step.memory[rows] = None
+    rows.start(step)
+    for index in range(40):
+        step.index, step.drafting, step.rows = index, {"dear": 100.0}, 1
+        rows.fit(step, TokenTree.chain(5), [])
+    assert rows.asked["dear"].wait > 1

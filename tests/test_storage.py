@@ -4,8 +4,11 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from ppd_compose.storage import cache_folder
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such modes")
@@ -20,3 +23,11 @@ def test_what_is_saved_is_as_open_as_its_user_makes_files(tmp_path, mask, mode):
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", "~/mine")
+    assert cache_folder() == Path.home() / "mine"
+    monkeypatch.setenv("PPD_COMPOSE_HOME", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == Path.home() / ".cache" / "ppd_compose"

@@ -3,10 +3,11 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel
 from test_compose import tokenizer
@@ -15,12 +16,13 @@ from tiny import FAMILIES, prompt, tiny
 from ppd_compose import compose, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
+from ppd_compose.checkpoints import resume
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.identity import weights_digest
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import PromptRecipe, make_batch, train_prompt_tokens
-from ppd_compose.train_job import split_replies
+from ppd_compose.train_job import refuse_out, split_replies, train_ppd
 
 RECIPE = PromptRecipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
 
@@ -147,7 +149,7 @@ def test_a_checkpoint_of_another_beginning_is_refused(tmp_path, other):
         mine = mine[1:]
     if other == "start":
         start = torch.zeros(2, 2, 32)
-    with pytest.raises(ValueError, match="another base, other prompts or another start"):
+    with pytest.raises(ValueError, match="another base, other prompts, another start"):
         train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path, start)
 
 
@@ -311,6 +313,14 @@ def test_prompts_of_both_forms(tmp_path):
     assert read_prompts(path) == [Prompt(("a",)), Prompt(("b", "c"), "qa")]
 
 
+def test_prompts_of_other_encodings(tmp_path):
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n')
+    assert read_prompts(tmp_path / "marked.jsonl") == [Prompt(("a",))]
+    (tmp_path / "wide.jsonl").write_text('{"prompt": "a"}', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"wide\.jsonl is not UTF-8"):
+        read_prompts(tmp_path / "wide.jsonl")
+
+
 def test_line_breaks_of_other_kinds_may_stand_in_a_prompt(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a\u2028b\u0085c"}\n{"prompt": "d"}\n', encoding="utf-8")
@@ -372,3 +382,88 @@ def test_weights_that_are_kept_as_whole_numbers_tell_models_apart():
     for model, entries in ((base, [1, 2]), (other, [1, 3])):
         model.model.layers[0].register_buffer("qweight", torch.tensor(entries, dtype=torch.int32))
     assert weights_digest(base) != weights_digest(other)
+
+
+def test_a_model_is_not_written_over_and_what_else_is_there_stays(tmp_path):
+    base = tiny(dtype=torch.float32, eos=60)
+    base.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds a model \(llama\), which would be written over"):
+        train_ppd(base, tokenizer(), [Prompt(("ab",))], tmp_path, RECIPE)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: give the folder to write"):
+        refuse_out(tmp_path / "file")
+
+
+def test_checkpoints_are_hidden_and_folders_of_others_stay(tmp_path):
+    base, asked = tiny(dtype=torch.float32, eos=60), [Prompt((f"{c}abcdefg",)) for c in "hijkl"]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-1").mkdir()
+    train_ppd(base, tokenizer(), asked, tmp_path, RECIPE, held_out=1, reply_tokens=12)
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "checkpoints" / "step-1").is_dir()
+
+
+def test_a_training_that_diverges_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"diverged at a learning rate of 1e\+39"):
+        trained(tiny(dtype=torch.float32), tmp_path, replace(RECIPE, learning_rate=1e39))
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path):
+    trained(tiny(dtype=torch.float32), tmp_path)
+    for path in tmp_path.glob("step-*/recipe.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({**told, "processes": 2}))
+    with pytest.raises(ValueError, match="number of processes"):
+        trained(tiny(dtype=torch.float32), tmp_path)
+
+
+def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (999_900, 1_000_000):
+        (tmp_path / f"step-{step:06}").mkdir()
+        (tmp_path / f"step-{step:06}" / "recipe.json").write_text("{}")
+    loaded = []
+    assert resume(SimpleNamespace(load_state=loaded.append), tmp_path, {}) == 1_000_000
+    assert loaded == [str(tmp_path / "step-1000000")]
+
+
+def test_prompts_without_room_for_a_reply_are_left_out():
+    base = tiny("gpt2", eos=60, dtype=torch.float32)  # 160 positions, and an embedding for each
+    asked = [Prompt((text,)) for text in ("ab", "cd", "e" * 150)]
+    with pytest.warns(UserWarning, match="with replies of 20 tokens 1 of 3 prompts exceed the 160 positions"):
+        learnt, held = split_replies(base, tokenizer(), asked, 1, 20, 4)
+    assert len(learnt) + len(held) == 2
+    with pytest.raises(ValueError, match="3 of 3 prompts exceed"):
+        split_replies(base, tokenizer(), asked, 1, 200, 4)
+
+
+def test_a_base_on_several_devices_is_not_trained_on(tmp_path):
+    base = tiny(dtype=torch.float32)
+    base.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match=r"spread over .*training needs it on one device"):
+        trained(base, tmp_path)
+
+
+def test_batches_are_made_on_the_host_whatever_the_default_device():
+    mine = [Reply([1, 2, 3], list(range(4, 20)))]
+    expected = make_batch(loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
+    with torch.device("meta"):
+        batch = make_batch(loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
+    assert torch.equal(batch.points, expected.points)
+
+
+def test_weights_that_are_not_in_memory_tell_no_base_apart():
+    base = cpu_offload(tiny(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"not in memory"):
+        weights_digest(base)
+
+
+def test_replies_of_a_base_in_training_mode_are_those_without_dropout(tmp_path):
+    base = tiny("gpt2", dtype=torch.float32)  # has dropout
+    expected = own_replies(base, [[3, 4, 5]], tmp_path / "one", max_new_tokens=30)
+    base.train()
+    assert own_replies(base, [[3, 4, 5]], tmp_path / "other", max_new_tokens=30) == expected
+    assert base.training

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ppd_compose.card import accuracy_table, facts_list
+from ppd_compose.card import accuracy_table, facts_list, relation
 
 TEMPLATE = """---
-base_model: {draft}
-library_name: transformers
+{relation}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - speculative-decoding
@@ -57,6 +56,7 @@ How often the best guess of the token that many places after the text was right.
 def model_card(base: str, draft: str, token: int, accuracy: Sequence[float], facts: Mapping[str, Any]) -> str:
     """Markdown with the Hub's metadata on top; `accuracy` is by distance, the model's own next token first."""
     return TEMPLATE.format(
+        relation=relation(draft),
         base=base or "the base",
         draft=draft,
         token=token,

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ppd_compose import PromptTokens
-from ppd_compose.sources import folder_of, read_object
+from ppd_compose.sources import folder_of, read_object, undamaged
 from ppd_compose.storage import staged_folder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -78,14 +78,19 @@ def load_draft(
 
     Raises:
         FileNotFoundError: no folder or repository, or one without safetensors.
-        ValueError: the files are no causal language model.
+        ValueError: the files are no causal language model, or damaged.
     """
     told = folder_of(source, PATTERNS, "a model in safetensors", revision, token)
     origin = _origin(told, source)
     folder = told if origin is None else draft_folder(origin.source, origin.revision, token)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        _with_weights(folder), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
-    )
+    with undamaged(folder):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            _with_weights(folder),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     model.config.name_or_path = str(source) if origin is None else origin.source
     prompts = PromptTokens.from_pretrained(told / PROMPTS) if (told / PROMPTS).is_dir() else None
     return Draft(model.eval(), read_tokenizer(told) or read_tokenizer(folder), prompts, origin)

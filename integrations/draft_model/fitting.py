@@ -27,8 +27,6 @@ def refuse_draft(draft: PreTrainedModel) -> None:
         refuse_cache(DynamicCache(config=draft.config), draft)
     except (TypeError, ValueError) as error:
         raise type(error)(f"the draft model cannot draft: {error}") from None
-    if draft.device.type == "meta":
-        raise ValueError("the draft model has no weights (device meta): load it with from_pretrained")
 
 
 def compare_vocabularies(

@@ -158,13 +158,14 @@ def make_batch(replies: Sequence[Reply], recipe: PardRecipe, number: int) -> Par
     """Pad `replies`, draw up to `recipe.points` points in each, and drop distances: of the points with one more token
     ahead a share of `retained` has a further one, down to `least` of all. From the seed and `number` alone."""
     dice = dice_of(recipe, number)
-    ids = [torch.tensor(reply.ids[: recipe.max_length]) for reply in replies]
+    ids = [torch.tensor(reply.ids[: recipe.max_length], device="cpu") for reply in replies]
     drawn = [draw_points(reply, recipe, recipe.tokens - 1, dice) for reply in replies]
     pad = torch.nn.utils.rnn.pad_sequence
     points = pad(drawn, batch_first=True, padding_value=-1)
-    place = torch.randperm(points.shape[1], generator=dice)
-    shares = torch.tensor([max(recipe.retained**i, recipe.least) for i in range(recipe.tokens - 1)])
-    reach = (place[:, None] < (shares * points.shape[1]).ceil()).sum(1)
+    place = torch.randperm(points.shape[1], generator=dice, device="cpu")
+    shares = [max(recipe.retained**i, recipe.least) for i in range(recipe.tokens - 1)]
+    wanted = (torch.tensor(shares, device="cpu") * points.shape[1]).ceil()
+    reach = (place[:, None] < wanted).sum(1)
     return PardBatch(pad(ids, batch_first=True), points, reach)
 
 

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppd_compose.checkpoints import discard
 from ppd_compose.loop import placed
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
-from ppd_compose.train_job import split_replies, training_facts
+from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .files import draft_folder, load_draft
@@ -60,7 +61,7 @@ def train_pard(
 
     Trained in float32, saved in the base's dtype; the files of `draft` stay as they are. The last `held_out` prompts
     (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts; checkpoints lie in
-    `out/checkpoints` until the model is written, so a killed call goes on where it stopped.
+    `out` until the model is written, so a killed call goes on where it stopped.
 
     Args:
         token: id or text of the token that becomes the shared prompt token; None takes the one that `draft` has, or the
@@ -73,6 +74,7 @@ def train_pard(
     folder = draft_folder(draft)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
+    checkpoints = checkpoints_in(out, KEYS[0])
     found = load_draft(folder, dtype=torch.float32)
     model, own = placed(found.model.to(base.device)), found.tokenizer
     refuse_draft(model)
@@ -82,7 +84,7 @@ def train_pard(
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     if any(chosen in reply.ids for reply in [*replies, *held]):
         raise ValueError(f"token {chosen} is in the base's prompts or replies: the shared prompt token must be in none")
-    accuracy = train_parallel(model, chosen, replies, held, recipe, out / "checkpoints")
+    accuracy = train_parallel(model, chosen, replies, held, recipe, checkpoints)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
     names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
@@ -90,7 +92,7 @@ def train_pard(
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"
     _write(cast(Any, model).to(base.dtype), folder, tokenizer, out, _card(names, made, facts))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
+    discard(checkpoints)
     return made
 
 

@@ -39,10 +39,10 @@ class OutputHead:
         """
         module: Any = model.get_output_embeddings()
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
             raise ValueError(
-                f"the output head of {type(model).__name__} is {type(module).__name__}, not a matrix of floats whose "
-                "rows a draft head can use: load the base with its output head not quantised"
+                f"the output head of {type(model).__name__} is {type(module).__name__}, not a matrix of floats at hand "
+                "whose rows a draft head can use: load the base with its output head neither quantised nor offloaded"
             )
         bias = getattr(module, "bias", None)
         return cls(_rows(weight, ids), None if bias is None else _rows(bias, ids), Finish.of(model))

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ppd_compose.card import accuracy_table, facts_list
+from ppd_compose.card import accuracy_table, facts_list, relation
 
 from .head import Head
 
 TEMPLATE = """---
-base_model: {base}
-library_name: ppd_compose
+{relation}library_name: ppd_compose
 tags:
 - eagle
 - speculative-decoding
@@ -50,7 +49,8 @@ def head_card(head: Head) -> str:
     """Markdown with the Hub's metadata on top."""
     base = head.identity
     return TEMPLATE.format(
-        base=base.name if base else "a base that its files do not name",
+        relation=relation(base.name if base else ""),
+        base=(base.name if base else "") or "a base that its files do not name",
         version=head.config.version,
         parameters=sum(tensor.numel() for tensor in head.network.values()),
         vocabulary=_vocabulary(head),

@@ -135,7 +135,8 @@ class EagleHead(Shared):
         if size < 1 or most < 0:
             return None
         price = memory.rows.parts.price
-        levels = price.levels(most, step.budget.curve(len(step.ids)), step.rate)
+        curve = None if step.budget.fixed else step.budget.curve(len(step.ids))
+        levels = price.levels(most, curve, step.rate)
         memory.root = memory.rows.accept(step.ids)
         known, frontier = TokenTree.chain(step.ids[-1]), Frontier.root(memory.root)
         memory.tree = dynamic_tree(memory.rows, known, frontier, levels, min(self.top_k, size), size)

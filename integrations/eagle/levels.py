@@ -54,13 +54,13 @@ class LevelPrice:
         if levels.made and len(self.seconds) < TIMED:
             self.seconds.append((time.perf_counter() - levels.begin) / levels.made)
 
-    def levels(self, most: int, curve: Floats, rate: float = 0.0) -> Levels:
+    def levels(self, most: int, curve: Floats | None, rate: float = 0.0) -> Levels:
         """Levels of the next draft, where a forward of 1, 2, ... rows takes the seconds of `curve` `[rows]`.
 
         A second is worth `rate` tokens, and at least those of plain decoding. All levels are run until some drafts were
-        timed, and with a fixed number of rows, of whose seconds nothing is known.
+        timed, and where nothing is known of seconds (None).
         """
-        rise, worth = float(curve[-1] - curve[0]), max(rate, 1.0 / float(curve[0]))
-        if len(self.seconds) < TRIED or not rise:
+        if len(self.seconds) < TRIED or curve is None:
             return Levels(most)
-        return Levels(most, rise / (len(curve) - 1) * worth, median(self.seconds) * worth)
+        rise, worth = float(curve[-1] - curve[0]), max(rate, 1.0 / float(curve[0]))
+        return Levels(most, rise / max(len(curve) - 1, 1) * worth, median(self.seconds) * worth)

@@ -6,7 +6,6 @@ itself `ppd_compose.loop`.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppd_compose.checkpoints import discard
 from ppd_compose.identity import Identity
 from ppd_compose.loop import Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
-from ppd_compose.train_job import split_replies, training_facts
+from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .borrowed import OutputHead, borrow
 from .card import head_card
@@ -92,19 +92,19 @@ def train_eagle(
     """Train an EAGLE head for `base` on its own replies to `prompts` and save it to `out`.
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt;
-    checkpoints lie in `out/checkpoints` until the head is written, so a killed call goes on where it stopped.
+    checkpoints lie in `out` until the head is written, so a killed call goes on where it stopped.
     Training goes on from `start` where a head is given.
     """
     if start is not None:
         start.prepare(base)
-    begin = time.monotonic()
+    begin, checkpoints = time.monotonic(), checkpoints_in(out)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    head = train_head(base, replies, held, recipe, out / "checkpoints", None if start is None else start.head)
+    head = train_head(base, replies, held, recipe, checkpoints, None if start is None else start.head)
     identity = Identity.of(base)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     head = replace(head, identity=replace(identity, name=base_name or identity.name), training=facts)
     write_head(head, out, card=head_card(head))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
+    discard(checkpoints)
     return EagleHead(head)
 
 
@@ -150,7 +150,7 @@ def train_head(
 def evaluate(student: Student, course: Course, replies: Sequence[Reply]) -> list[float]:
     """By depth, how often the first guess was right after a right prefix, at up to `recipe.points` of each reply."""
     steps = course.recipe.unrolled
-    hits, seen = torch.zeros(steps, dtype=torch.float64), 0
+    hits, seen = torch.zeros(steps, dtype=torch.float64, device="cpu"), 0
     for number, reply in enumerate(r for r in replies if points_of(r, course.recipe, steps)):
         lesson = course.lesson(reply, dice_of(course.recipe, number))
         with course.precision():

@@ -5,13 +5,12 @@ Knows the card's text. Does not write files.
 
 from __future__ import annotations
 
-from ppd_compose.card import accuracy_table, facts_list
+from ppd_compose.card import accuracy_table, facts_list, relation
 
 from .drafter import MedusaHeads
 
 TEMPLATE = """---
-base_model: {base}
-library_name: ppd_compose
+{relation}library_name: ppd_compose
 tags:
 - medusa
 - speculative-decoding
@@ -54,7 +53,8 @@ def model_card(made: MedusaHeads) -> str:
     heads = made.heads
     bias = 0 if heads.bias is None else heads.bias.numel()
     return TEMPLATE.format(
-        base=made.identity.name,
+        relation=relation(made.identity.name),
+        base=made.identity.name or "a base without a name",
         heads=len(heads),
         layers=heads.weight.shape[1],
         parameters=heads.weight.numel() + bias,

@@ -146,11 +146,11 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     """The base's output head. Raises `ValueError` when it is not a matrix of floats `[vocab, hidden]`."""
     head: Any = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        kind = type(head).__name__ if weight is None else f"{type(head).__name__} of {weight.dtype}"
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+        kind = type(head).__name__ if weight is None else f"{type(head).__name__} of {weight.dtype} on {weight.device}"
         raise ValueError(
             f"Medusa heads need an output head with a matrix of floats; that of {type(model).__name__} is {kind}: "
-            "load the base with its output head unquantised"
+            "load the base with its output head unquantised and not offloaded"
         )
     return head  # type: ignore[no-any-return]
 

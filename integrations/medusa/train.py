@@ -5,7 +5,6 @@ Knows which replies, points and tokens are used, in which order. The loss is `lo
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,14 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppd_compose.checkpoints import discard
 from ppd_compose.finish import Finish
 from ppd_compose.identity import Identity
-from ppd_compose.loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
+from ppd_compose.loop import (
+    Recipe,
+    Taught,
+    dice_of,
+    draw_points,
+    frozen,
+    points_of,
+    replies_of_batch,
+    run,
+    usable,
+)
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
 from ppd_compose.top import best_tokens
-from ppd_compose.train_job import split_replies, training_facts
+from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .claims import fitted
@@ -76,20 +86,20 @@ def train_medusa(
     """Train heads for `base` on its own replies to `prompts` and save them to `out`, in bfloat16.
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts;
-    checkpoints lie in `out/checkpoints` until the heads are written, so a killed call goes on where it stopped.
+    checkpoints lie in `out` until the heads are written, so a killed call goes on where it stopped.
     """
-    begin = time.monotonic()
+    begin, checkpoints = time.monotonic(), checkpoints_in(out)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    heads, told = train_heads(base, replies, held, recipe, out / "checkpoints")
+    heads, told = train_heads(base, replies, held, recipe, checkpoints)
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
+    like = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     made = MedusaHeads(
-        heads.to(torch.empty(0, dtype=torch.bfloat16)), accuracy=told.accuracy, calibration=told.calibration,
-        identity=identity, training=facts,
-    )  # fmt: skip
+        heads.to(like), accuracy=told.accuracy, calibration=told.calibration, identity=identity, training=facts
+    )
     made.save_pretrained(out, card=model_card(made))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of several processes one is first
+    discard(checkpoints)
     return made
 
 
@@ -120,8 +130,6 @@ def train_heads(
 
         blocks = Blocks(recipe.heads, recipe.layers, output.weight.shape[1]).to(base.device)
         blocks = run(blocks, recipe, checkpoints, mine, step)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in blocks.parameters()):
-            raise ValueError(f"training diverged at a learning rate of {recipe.learning_rate}: take a smaller one")
         heads = Heads(
             blocks.weight.detach().cpu(), blocks.bias.detach().cpu(), (), tokens, Identity.of(base).vocab_size
         )
@@ -132,7 +140,7 @@ def frequent_tokens(replies: Sequence[Reply], count: int) -> Tensor:
     """The `count` most frequent tokens of the replies, ascending `[entries]` int64; fewer where there are fewer."""
     seen = Counter(token for reply in replies for token in reply.reply)
     ranked = sorted(seen, key=lambda token: (-seen[token], token))
-    return torch.tensor(sorted(ranked[:count]), dtype=torch.int64)
+    return torch.tensor(sorted(ranked[:count]), dtype=torch.int64, device="cpu")
 
 
 class Batches:
@@ -143,20 +151,21 @@ class Batches:
         self.layer = base.config.get_text_config().num_hidden_layers
         self.states = ReplyStates(base, [self.layer], recipe.max_length)
         size = Identity.of(base).vocab_size
-        self.entry = torch.arange(size)
+        self.entry = torch.arange(size, device="cpu")
         if tokens is not None:
-            self.entry = torch.full((size,), OUTSIDE).scatter_(0, tokens, torch.arange(len(tokens)))
+            self.entry = torch.full((size,), OUTSIDE, device="cpu")
+            self.entry[tokens] = torch.arange(len(tokens), device="cpu")
 
     def __call__(self, replies: Sequence[Reply], number: int) -> Batch:
         """The batch `number` of `replies`, on the base's device."""
         ahead, dice = self.recipe.heads, dice_of(self.recipe, number)
         states, points, truth, offset = [], [], [], 0
         for reply in replies:
-            ids = torch.tensor(reply.ids[: self.recipe.max_length])
+            ids = torch.tensor(reply.ids[: self.recipe.max_length], device="cpu")
             drawn = draw_points(reply, self.recipe, ahead, dice)
             states.append(self.states(reply)[self.layer])
             points.append(offset + drawn)
-            truth.append(self.entry[ids[drawn + 1 + torch.arange(1, ahead + 1)[:, None]]])
+            truth.append(self.entry[ids[drawn + 1 + torch.arange(1, ahead + 1, device="cpu")[:, None]]])
             offset += len(ids)
         return Batch(torch.cat(states), torch.cat(points).to(self.device), torch.cat(truth, 1).to(self.device))
 

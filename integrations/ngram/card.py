@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ppd_compose.card import accuracy_table, facts_list
+from ppd_compose.card import accuracy_table, facts_list, relation
 
 from .drafter import NGramTable
 
 TEMPLATE = """---
-base_model: {base}
-library_name: ppd_compose
+{relation}library_name: ppd_compose
 tags:
 - speculative-decoding
 - ppd_compose
@@ -52,7 +51,8 @@ def model_card(made: NGramTable) -> str:
     if made.identity is None or not made.accuracy:
         raise ValueError("a card names the base and the accuracies: give the table identity and accuracy")
     return TEMPLATE.format(
-        base=made.identity.name,
+        relation=relation(made.identity.name),
+        base=made.identity.name or "a base without a name",
         order=made.table.order,
         entries=len(made.table.tokens),
         contexts=len(made.table.contexts),

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
-from ppd_compose.train_job import split_replies, training_facts
+from ppd_compose.train_job import refuse_out, split_replies, training_facts
 
 from .card import model_card
 from .drafter import NGramTable
 from .table import MOST, Table
 
 SEEN = 2  # times that a context must be followed by something, a token counting once a reply
+LEAST = 1e-4  # fainter chances the file's 16 bits would blur, and at last lose
 RANKS = 8  # of the accuracies
 
 Context = tuple[int, ...]
@@ -38,8 +39,10 @@ class NGramRecipe:
     least: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 1 <= self.order <= MOST or self.width < 1 or not 0 < self.least < 1:
-            raise ValueError(f"need an order from 1 to {MOST}, a width of at least 1 and 0 < least < 1, got {self}")
+        if not 1 <= self.order <= MOST or self.width < 1 or not LEAST <= self.least < 1:
+            raise ValueError(
+                f"need an order from 1 to {MOST}, a width of at least 1 and {LEAST} <= least < 1, got {self}"
+            )
 
 
 def train_ngram(
@@ -61,6 +64,7 @@ def train_ngram(
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt, so
     a killed call goes on where it stopped.
     """
+    refuse_out(out)
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     table = counted_table(replies, recipe)
