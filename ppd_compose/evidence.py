@@ -39,9 +39,9 @@ class Evidence:
     """Drafters' claims about the children of a node are pooled: the log-odds that each drafter gives a child against
     none of those it named, weighed and added (a logarithmic opinion pool; Genest and Zidek 1986).
 
-    A drafter has four weights: for naming a child, for the log-odds that it gives, for naming others only, and for
-    holding no other likelier. One more is for a child that several name. They are learnt while decoding, by depth, from
-    the children of accepted nodes, of which the model told which one was right.
+    A drafter has four weights: for naming a child, for the log-odds that it gives, for naming others only, and for its
+    best guess there. One more is for a child that several name. They are learnt while decoding, by depth, from the
+    children of accepted nodes, of which the model told which one was right.
 
     Args:
         drafters: their names; the i-th is the i-th bit of a node's sources.

@@ -100,7 +100,7 @@ def _path(model: PreTrainedModel) -> Path:
     layers = model.config.get_text_config().num_hidden_layers
     tensors = (*model.parameters(), *model.buffers())  # quantised weights may be either
     kinds = sorted({f"{type(tensor).__name__} {tensor.dtype}" for tensor in tensors})
-    places = sorted(map(str, getattr(model, "hf_device_map", {}).values()))
+    places = sorted(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     facts = [
         identity.fingerprint,
         layers,

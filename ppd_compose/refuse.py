@@ -39,7 +39,8 @@ def refuse_base(base: object) -> None:
         )
     if not base.can_generate():
         raise ValueError(f"{type(base).__name__} does not generate: load it with AutoModelForCausalLM")
-    if base.get_input_embeddings().weight.is_meta:
+    weight: Any = getattr(base.get_input_embeddings(), "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
         raise ValueError(
             f"the weights of this {type(base).__name__} are not in memory (offloaded by device_map, or never loaded): "
             "load it onto one device, in fewer bits where it is too large"
@@ -111,9 +112,9 @@ def _is_mask(buffer: Tensor) -> bool:
     return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
-def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
-    """Raise `ValueError` for keyword arguments of `generate`, or `configs` that it would heed, that have no meaning for
-    a candidate tree."""
+def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig) -> None:
+    """Raise `ValueError` for keyword arguments of `generate`, or the `config` beside them, that have no meaning for a
+    candidate tree."""
     if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
         raise ValueError("a composed model drafts itself: pass the other drafter to compose() instead")
     if kwargs.get("custom_generate") is not None:
@@ -122,7 +123,7 @@ def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) 
         raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
     if kwargs.get("position_ids") is not None:
         raise ValueError("position_ids follow from attention_mask here: pass that instead")
-    if kwargs.get("token_healing") or any(getattr(config, "token_healing", False) for config in configs):
+    if kwargs.get("token_healing") or config.token_healing:
         raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
     if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
         raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")
@@ -189,16 +190,20 @@ def _refuse_input(
     if mask is not None and not mask[0, -1]:
         raise ValueError("the prompt ends in padding, which a text cannot go on from: pad on the left, or not at all")
     tokens = cached + new if mask is None else int(mask[0].sum())
-    places: Any = model_kwargs.get("position_ids")
+    _refuse_places(model, model_kwargs.get("position_ids"), tokens)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
+    _refuse_long_rope(model, cached, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
+
+
+def _refuse_places(model: PreTrainedModel, places: Tensor | None, tokens: int) -> None:
+    """Where the last of `tokens` does not stand where it counts: `places` `[..., tokens]` are those of `generate`."""
     if places is not None and bool((places[..., -1] != tokens - 1).any()):
         raise ValueError(
             f"{type(model).__name__} places the last token at {places[..., -1].unique().tolist()}, behind {tokens - 1} "
             f"others: after images, say, whose positions a candidate tree does not know: {BASE}"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
-    _refuse_long_rope(model, cached, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
 
 
 def _refuse_long_rope(model: PreTrainedModel, cached: int, tokens: int, longest: int) -> None:
