@@ -47,8 +47,8 @@ def resume(accelerator: Accelerator, folder: Path, facts: Mapping[str, Any]) -> 
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints in `folder`, and it when nothing else is in it; another process may do so meanwhile."""
-    for checkpoint in folder.glob("step-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    for each in folder.glob("step-*"):
+        shutil.rmtree(each, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
 

@@ -6,6 +6,7 @@ know any kind.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
             here as well.
     """
     kinds = installed()
-    name = _name(source)
+    name = _name(source, kinds)
     kind, shipped = kinds.get(name), shipped_drafter(name)
     if kind is not None and shipped is not None:
         return kind.from_pretrained(shipped)
@@ -49,12 +50,11 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
     )
 
 
-def _name(source: str | Path) -> str:
+def _name(source: str | Path, kinds: Mapping[str, Any]) -> str:
     """`source` where it may be a name, else ""."""
     if isinstance(source, Path):
         return ""
-    known = source in installed() or shipped_drafter(source) is not None
-    if known and any((Path(source) / name).is_file() for name in CONFIGS):
+    if source in kinds and any((Path(source) / name).is_file() for name in CONFIGS):
         raise ValueError(
             f"{source!r} is the name of a drafter and a folder here: write './{source}' for the folder, or rename it"
         )

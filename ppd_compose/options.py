@@ -44,7 +44,7 @@ SeedOption = Annotated[int, typer.Option(help="Same seed, same file.")]
 CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
 
-ABSOLUTE = re.compile(r"(?:(?<=^)|(?<=[=+]))/(?:[^=+]*/)?([^/=+]*)/?(?=[=+]|$)")  # paths, alone or behind "=" or "+"
+ABSOLUTE = re.compile(r"(?:^|(?<=[=+]))/(?:[^=+]*/)?([^/=+]*)/?(?=[=+]|$)")  # paths, alone or behind "=" or "+"
 
 
 def command_line() -> str:

@@ -66,15 +66,14 @@ class _Parts:
 
 
 class PackedLinear(nn.Linear):
-    """The same linear map by the same parameters. It computes as ever while gradients are wanted, off the CPU, and when
-    autocast or the rows ask for another dtype than the weight's."""
+    """The same linear map by the same parameters. It computes as ever while gradients are wanted, off the CPU, and in
+    autocast, which asks for another dtype than the weight's."""
 
     siblings: Siblings | None  # with itself; None: it stands alone
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`, `[..., in]` to `[..., out]`."""
-        other = input.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu")
-        if torch.is_grad_enabled() or input.device.type != "cpu" or other:
+        if torch.is_grad_enabled() or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         return _product(input, [self]) if self.siblings is None else self.siblings.part(self, input)
 

@@ -38,7 +38,7 @@ def write_report(sources: Sequence[Path], target: Path) -> None:
     for path, result in results:
         try:
             shown.append(laid_out(result))
-            template.render(results=shown[-1:])
+            template.render(results=shown[-1:])  # each alone first, so that an error can name its file
         except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
             raise ValueError(
                 f"{path} lacks what a page tells, or tells it otherwise ({error!r}): run it again"

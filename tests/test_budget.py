@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import Oracle, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, Step, compose, hookimpl
+from ppd_compose import Budget, Step, compose, hookimpl, measured
 from ppd_compose.measured import Watch
 
 
@@ -172,3 +172,11 @@ def test_correcting_scales_what_is_between_and_keeps_it_rising():
         (2.0, pytest.approx(16 / 3), 12.0),
     )
     assert budget.corrected({1: 4.0, 4: 1.0}).seconds[0] == (3.0, 3.0, 3.0)
+
+
+def test_a_base_quantised_or_placed_otherwise_has_a_budget_of_its_own():
+    plain, quantised, spread = tiny(), tiny(), tiny()
+    quantised.register_buffer("packed_weight", torch.zeros(4, dtype=torch.uint8))
+    spread.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    assert len({measured._path(base) for base in (plain, quantised, spread)}) == 3
+    assert measured._path(plain) == measured._path(tiny())

@@ -68,7 +68,8 @@ def train_pard(
             last row of the vocabulary that no text uses.
 
     Raises:
-        ValueError: the draft model does not fit the base, there is no free token, or the base writes the given one.
+        ValueError: the draft model does not fit the base, there is no free token, the base writes the given one, `out`
+            holds another model, or training diverged.
     """
     begin = time.monotonic()
     folder = draft_folder(draft)

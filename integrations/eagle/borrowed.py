@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppd_compose.finish import PLAIN, Finish
+from ppd_compose.finish import PLAIN, Finish, output_rows
 from ppd_compose.packed import is_packed, pack_layers, product
 
 from .head import Head
@@ -34,18 +34,9 @@ class OutputHead:
     def of(cls, model: PreTrainedModel, ids: Tensor | None = None) -> OutputHead:
         """The rows `ids` int64 of the base's output head, or all of it, which is not copied then.
 
-        Raises:
-            ValueError: the base has none, or one that is no matrix of floats.
+        Raises `ValueError` when it has none, or one that is no matrix of floats.
         """
-        module: Any = model.get_output_embeddings()
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(
-                f"the output head of {type(model).__name__} is {type(module).__name__}, not a matrix of floats at hand "
-                "whose rows a draft head can use: load the base with its output head neither quantised nor offloaded"
-            )
-        bias = getattr(module, "bias", None)
-        return cls(_rows(weight, ids), None if bias is None else _rows(bias, ids), Finish.of(model))
+        return cls(*output_rows(model, ids), Finish.of(model))
 
     def to(self, like: Tensor) -> OutputHead:
         """The same in the dtype and on the device of `like`."""
@@ -56,11 +47,6 @@ class OutputHead:
         """Logits `[rows, draft vocab]` float32 of `hidden` `[rows, hidden]`."""
         multiplied = product if self.packed else nn.functional.linear
         return self.finish(multiplied(hidden, self.weight, self.bias).float())
-
-
-def _rows(weight: Tensor, ids: Tensor | None) -> Tensor:
-    # The base's own is given as it is: by its identity a packed copy of it is found.
-    return weight if ids is None else weight.detach()[ids.to(weight.device)]
 
 
 @dataclass(frozen=True)

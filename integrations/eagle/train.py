@@ -94,6 +94,7 @@ def train_eagle(
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt;
     checkpoints lie in `out` until the head is written, so a killed call goes on where it stopped.
     Training goes on from `start` where a head is given.
+    Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
     if start is not None:
         start.prepare(base)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.finish import output_head, output_rows
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
@@ -27,7 +28,7 @@ from ppd_compose.tree import Ints
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
-from .heads import Heads, Placed, output_head, output_rows, place
+from .heads import Heads, Placed, place
 from .layouts import LAYOUTS
 
 WIDTH = 10  # guesses taken from each head

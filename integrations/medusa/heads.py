@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
-from ppd_compose.finish import PLAIN, Finish
+from ppd_compose.finish import PLAIN, Finish, output_rows
 from ppd_compose.packed import is_packed, product
 
 
@@ -140,26 +139,3 @@ def entry_logits(
     if len(outputs) == 1:
         return multiplied(states, outputs[0], bias)
     return torch.stack([multiplied(own, output) for own, output in zip(states, outputs, strict=True)])
-
-
-def output_head(model: PreTrainedModel) -> nn.Linear:
-    """The base's output head. Raises `ValueError` when it is not a matrix of floats `[vocab, hidden]`."""
-    head: Any = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
-        kind = type(head).__name__ if weight is None else f"{type(head).__name__} of {weight.dtype} on {weight.device}"
-        raise ValueError(
-            f"Medusa heads need an output head with a matrix of floats; that of {type(model).__name__} is {kind}: "
-            "load the base with its output head unquantised and not offloaded"
-        )
-    return head  # type: ignore[no-any-return]
-
-
-def output_rows(model: PreTrainedModel, token_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The base's output head `[entries, hidden]` and its bias `[entries]`: all, or copies of `token_map`'s rows."""
-    head: Any = output_head(model)
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if token_map is None:
-        return weight, bias  # the very tensor: by its identity a packed copy of it is found
-    rows = token_map.to(weight.device)
-    return weight.detach()[rows], None if bias is None else bias.detach()[rows]

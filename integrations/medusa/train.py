@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
-from ppd_compose.finish import Finish
+from ppd_compose.finish import Finish, output_rows
 from ppd_compose.identity import Identity
 from ppd_compose.loop import (
     Recipe,
@@ -38,7 +38,7 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .card import model_card
 from .claims import fitted
 from .drafter import WIDTH, MedusaHeads
-from .heads import Heads, output_rows
+from .heads import Heads
 from .loss import OUTSIDE, Batch, Blocks, Output
 
 
@@ -87,6 +87,7 @@ def train_medusa(
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompts;
     checkpoints lie in `out` until the heads are written, so a killed call goes on where it stopped.
+    Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
     begin, checkpoints = time.monotonic(), checkpoints_in(out)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)

@@ -62,7 +62,7 @@ def train_ngram(
     """Count the own replies of `base` to `prompts` and save the table to `out`.
 
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt, so
-    a killed call goes on where it stopped.
+    a killed call goes on where it stopped. Raises `ValueError` for what cannot be counted or written to.
     """
     refuse_out(out)
     begin = time.monotonic()
