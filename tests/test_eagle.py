@@ -446,7 +446,7 @@ def test_a_head_for_another_base_is_refused_and_both_are_named():
 def test_an_output_head_that_is_no_matrix_is_refused():
     base = tiny()
     base.lm_head = torch.nn.Identity()
-    with pytest.raises(ValueError, match="as a matrix of floats, it is Identity: load the base"):
+    with pytest.raises(ValueError, match="of LlamaForCausalLM as a matrix of floats, it is Identity: load"):
         compose(base, eagle(3))
 
 
