@@ -5,6 +5,7 @@ Knows the format and refuses what is not it. Nothing is unpickled or executed. D
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .identity import Identity
+from .identity import LARGEST, Identity
 from .paired import CARD, DIGEST, digest_of, kept_in, write_pair
 from .reference import FILES as REFERENCE_FILES
 from .reference import TENSORS as REFERENCE_TENSORS
 from .reference import is_reference, read_reference
 from .sources import folder_of, read_object
 
-FORMAT = 1
+FORMAT, WITH_PREFIX = 1, 2  # whoever knows but the first must not read the rows of the second without their prefix
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIX = "ppd_embeddings"
+PREFIX = f"{SUFFIX}_prefix"
 MOST = 256  # prompt tokens, or embeddings of each
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the files hold: rows `[n, v, hidden]` float32, and where known accuracies `[n][rank]` and the base."""
+    """What the files hold: rows `[n, v, hidden]`, and where known accuracies `[n][rank]` and the base."""
 
     embeddings: Tensor
     accuracy: list[list[float]] | None
     identity: Identity | None
     training: dict[str, Any] = field(default_factory=dict)  # how they were trained, as plain data
+    prefix: Tensor | None = None  # [layers, 2, key heads, columns, head_dim]
+
+    @property
+    def format(self) -> int:
+        return FORMAT if self.prefix is None else WITH_PREFIX
+
+    @property
+    def prefix_shape(self) -> list[int] | None:
+        """What a configuration says of the prefix."""
+        return None if self.prefix is None else list(self.prefix.shape)
 
 
 def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
@@ -49,17 +61,20 @@ def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
         "peft_type": "PPD",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "format_version": FORMAT,
+        "format_version": adapter.format,
         "base_model_name_or_path": adapter.identity.name,
         "num_prompt_tokens": n,
         "ensemble": v,
+        "prefix": adapter.prefix_shape,
         "base": asdict(adapter.identity),
         "accuracy": adapter.accuracy,
         "training": adapter.training,
     }
-    rows = adapter.embeddings.flatten(0, 1).float()
-    name = f"base_model.model.{adapter.identity.embedding}.{SUFFIX}"
-    write_pair({name: rows}, folder / TENSORS, config, CONFIG, card)
+    tensors = {SUFFIX: adapter.embeddings.flatten(0, 1)}
+    if adapter.prefix is not None:
+        tensors[PREFIX] = adapter.prefix
+    place = f"base_model.model.{adapter.identity.embedding}"
+    write_pair({f"{place}.{name}": held for name, held in tensors.items()}, folder / TENSORS, config, CONFIG, card)
 
 
 def read_adapter(
@@ -76,17 +91,24 @@ def read_adapter(
     config = _read_config(folder / CONFIG)
     if is_reference(config):
         return Adapter(read_reference(folder, config), None, None)
-    rows = _read_rows(folder)
-    if config.get(DIGEST) != digest_of({SUFFIX: rows}):
-        config = _of_these_rows(config, rows, folder)
+    tensors = _read_tensors(folder)
+    if config.get(DIGEST) != digest_of(tensors):
+        config = _of_these_tensors(config, tensors, folder)
     n, v, accuracy, identity = _fields(folder / CONFIG, config)
+    rows, prefix, promised = tensors[SUFFIX], tensors.get(PREFIX), config.get("prefix")
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
             f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
             f"of {identity.hidden_size}: the two files belong to different adapters"
         )
     training = config.get("training")
-    return Adapter(rows.view(n, v, -1), accuracy, identity, training if isinstance(training, dict) else {})
+    read = Adapter(rows.view(n, v, -1), accuracy, identity, training if isinstance(training, dict) else {}, prefix)
+    if read.prefix_shape != promised or read.format != config["format_version"]:
+        raise ValueError(
+            f"{folder / TENSORS} holds a prefix of {read.prefix_shape}, {CONFIG} promises {promised!r:.60} in format "
+            f"{config['format_version']}: the two files belong to different adapters"
+        )
+    return read
 
 
 def check_counts(n: object, v: object) -> None:
@@ -98,11 +120,20 @@ def check_counts(n: object, v: object) -> None:
             raise ValueError(f"{name} is more than {MOST}: no forward has so many rows")
 
 
-def _of_these_rows(config: dict[str, Any], rows: Tensor, folder: Path) -> dict[str, Any]:
+def check_prefix_shape(shape: object) -> None:
+    """Raise `ValueError` unless there can be a prefix of `shape`, or None."""
+    if shape is None:
+        return
+    sizes = shape if isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape) else []
+    if len(sizes) != 5 or sizes[1] != 2 or sizes[3] > MOST or math.prod(sizes) > LARGEST:
+        raise ValueError(f"a prefix must be [layers, 2, key heads, columns, head_dim], got {shape!r:.60}")
+
+
+def _of_these_tensors(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
     """The config that the tensors' file holds, where it is that of the rows and the one beside it is not: a save was
     cut off. One that belongs to no rows in particular, such as PEFT's, otherwise stays."""
     kept = kept_in(folder / TENSORS, CONFIG)
-    if kept.get(DIGEST) == digest_of({SUFFIX: rows}):
+    if kept.get(DIGEST) == digest_of(tensors):
         return _checked(kept, folder / TENSORS)
     if config.get(DIGEST) is None:
         return config
@@ -119,8 +150,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "PPD":
         raise ValueError(f"{path} is no PPD adapter: peft_type is {config.get('peft_type')!r}")
-    if config.get("format_version") != FORMAT:
-        raise ValueError(f"{path} has format {config.get('format_version')!r}, this version reads {FORMAT}: upgrade")
+    if config.get("format_version") not in (FORMAT, WITH_PREFIX):
+        raise ValueError(
+            f"{path} has format {config.get('format_version')!r}, this version reads those up to {WITH_PREFIX}: upgrade"
+        )
     return config
 
 
@@ -136,7 +169,8 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[int, int, list[list[flo
     return n, v, accuracy, identity
 
 
-def _read_rows(folder: Path) -> Tensor:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Rows `[n * v, hidden]` and, where there is one, the prefix, by the ends of their names."""
     path = folder / TENSORS
     if not path.is_file():
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
@@ -145,10 +179,14 @@ def _read_rows(folder: Path) -> Tensor:
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            mine = [name for name in names if name.endswith(SUFFIX)]
-            rows: Tensor | None = file.get_tensor(mine[0]) if len(mine) == 1 else None
+            mine = [name for name in names if name.endswith((SUFFIX, PREFIX))]
+            tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name) for name in mine}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    if rows is None or rows.dtype not in FLOATS or rows.ndim != 2:
-        raise ValueError(f"{path} must hold one matrix of floats named ...{SUFFIX}, it holds {sorted(names)}")
-    return rows.float()
+    sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in FLOATS}
+    if len(mine) != len(sizes) or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5}):
+        raise ValueError(
+            f"{path} must hold one matrix of floats named ...{SUFFIX}, and may hold a prefix of five dimensions named "
+            f"...{PREFIX}, it holds {sorted(names)}"
+        )
+    return tensors

@@ -121,6 +121,11 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
             layer.crop(0)
 
 
+def whole_context(cache: Cache) -> list[Any]:
+    """The layers that hold something, and all of the context."""
+    return [layer for layer in _filled(cache) if not layer.is_sliding]
+
+
 def leave_a_gap(cache: Cache) -> None:
     """Let keys and values be views of a tensor with room for one token more, as after a commit that drops a row."""
     for layer in _added_to(cache):
@@ -145,7 +150,7 @@ def _with_room(states: Tensor) -> Tensor:
 
 def _held(layer: Any) -> int:
     """Columns of `layer` that hold something."""
-    return int(layer.get_seq_length() if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2])
+    return int(layer.extent.columns if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2])
 
 
 def _move(layer: Any, begin: int, moved: Sequence[tuple[int, int]]) -> None:

@@ -28,7 +28,7 @@ tags:
 
 # Prompt tokens for {base}
 
-{n} trained prompt token(s) of {v} embedding(s) each ({parameters:,} parameters) that let
+{n} trained prompt token(s) of {v} embedding(s) each{prefix} ({parameters:,} parameters) that let
 [Parallel Prompt Decoding](https://arxiv.org/abs/2405.18628) guess the next tokens of `{base}` in its own forward.
 The base's weights and its output stay as they are.
 
@@ -76,7 +76,8 @@ def model_card(adapter: Adapter, results: Sequence[Mapping[str, Any]] = ()) -> s
         relation=relation(adapter.identity.name, "adapter"),
         n=n,
         v=v,
-        parameters=adapter.embeddings.numel(),
+        prefix="" if adapter.prefix is None else f", with keys and values of their own in {len(adapter.prefix)} layers",
+        parameters=sum(held.numel() for held in (adapter.embeddings, adapter.prefix) if held is not None),
         table=accuracy,
         speed="".join(map(speed_table, results)),
         facts=facts_list(adapter.training) or "Not told.",

@@ -21,6 +21,7 @@ from .budget import Budget
 from .cache import commit, recording, with_cache
 from .drafting import Drafting
 from .forward import forward_of
+from .inplace import put_in_front
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
@@ -72,6 +73,9 @@ class Decoding:
         with recording(self.request.cache):
             self.forward = forward_of(self.model)  # only now, see `grouped`
             self.forward.lay_out(self.request.cache)
+            for source, prefix in self.plugins.prefixes().items():
+                put_in_front(self.request.cache, prefix)
+                self.context = self.context.behind(prefix.shape[3], source)
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
             while not self.done:

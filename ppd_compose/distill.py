@@ -1,6 +1,6 @@
 """The loss that teaches prompt tokens: the model's own distribution, at many insertion points of a sequence at once.
 
-Knows the block mask, the rows and the divergence. Does not know files, optimisers or progress bars.
+Knows the block mask, the rows, their prefix and the divergence. Does not know files, optimisers or progress bars.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import with_cache
+from .cache import whole_context, with_cache
 from .loop import Taught
-from .mask import attention_mask
+from .mask import layered_mask
+
+UNIT = 5.0  # keys and values are so much larger than embeddings; an optimiser moves all numbers by like steps
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,29 @@ class Guessed:
 
 
 class PromptRows(nn.Module):
-    """`n` prompt tokens of `v` embeddings each, trained through a frozen model.
+    """`n` prompt tokens of `v` embeddings each, trained through a frozen model, with keys and values of their own.
 
-    The only parameter is `embeddings` `[n, v, hidden]` float32. The base is no submodule, so that neither a
-    checkpoint nor an optimiser takes it up.
+    The parameters are `embeddings` `[n, v, hidden]` and, where there is a prefix, `scaled` `[layers, 2, key heads,
+    columns, head_dim]`, both float32. The base is no submodule, so that neither a checkpoint nor an optimiser takes it
+    up.
     """
 
-    def __init__(self, embeddings: Tensor) -> None:
+    def __init__(self, embeddings: Tensor, prefix: Tensor | None = None) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(embeddings.detach().clone().float())
+        self.scaled = None if prefix is None else nn.Parameter(prefix.detach().float() / UNIT)
+
+    @property
+    def prefix(self) -> Tensor | None:
+        """Keys and values that stand before the sequence for the rows of prompt tokens alone."""
+        return None if self.scaled is None else self.scaled * UNIT
 
     def forward(self, base: PreTrainedModel, batch: Batch, decay: float) -> Guessed:
         """Sum over distances of `decay ** distance` times KL(model || prompt token) (PPD, equation 1)."""
         n = self.embeddings.shape[0]
         at = batch.points.clamp(min=0)[..., None] + 1 + torch.arange(n, device=batch.points.device)
         cache, teacher = _context(base, batch.ids, at)
-        student = _prompt_log_probs(base, cache, self.embeddings, batch)
+        student = _prompt_log_probs(base, cache, self.embeddings, self.prefix, batch)
         kept = batch.points >= 0
         log_probs, target = student[kept], teacher[kept].float().log_softmax(-1)
         divergence = nn.functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1).mean(0)
@@ -82,20 +91,35 @@ def _context(base: PreTrainedModel, ids: Tensor, at: Tensor) -> tuple[DynamicCac
     return cache, logits[sequence, where]
 
 
-def _prompt_log_probs(base: PreTrainedModel, cache: DynamicCache, embeddings: Tensor, batch: Batch) -> Tensor:
+def _prompt_log_probs(
+    base: PreTrainedModel, cache: DynamicCache, embeddings: Tensor, prefix: Tensor | None, batch: Batch
+) -> Tensor:
     """Log-probabilities `[batch, count, n, vocab]` float32, averaged over each prompt token's embeddings."""
-    (n, v, hidden), (size, count) = embeddings.shape, batch.points.shape
-    see = insertion_mask(batch.points, batch.ids.shape[1], n, v)
-    positions = batch.points.clamp(min=0)[..., None, None] + 1 + torch.arange(n, device=see.device)[:, None]
+    (n, v, hidden), (size, count), length = embeddings.shape, batch.points.shape, batch.ids.shape[1]
+    see = insertion_mask(batch.points, length, n, v)
+    ahead = batch.points.clamp(min=0)[..., None, None] + 1 + torch.arange(n, device=see.device)[:, None]
+    positions = ahead.expand(size, count, n, v).reshape(size, -1)
+    columns = torch.cat([torch.arange(length, device=see.device).expand(size, -1), positions], dim=1)
+    front = see.new_ones(*see.shape[:2], _put_before(cache, prefix))
     rows = embeddings.to(base.dtype).expand(size, count, n, v, hidden).reshape(size, -1, hidden)
     logits = base(
         inputs_embeds=rows,
-        attention_mask=attention_mask(base, see[:, None]),
-        position_ids=positions.expand(size, count, n, v).reshape(size, -1),
+        attention_mask=layered_mask(base, cache, see, positions, columns, front),
+        position_ids=positions,
         **with_cache(base, cache),
     ).logits
     each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
     return each.logsumexp(3) - math.log(v)
+
+
+def _put_before(cache: DynamicCache, prefix: Tensor | None) -> int:
+    """Put the `prefix` before what `cache` holds, in layers that keep the whole context; how many columns it has."""
+    if prefix is None:
+        return 0
+    for layer, states in zip(whole_context(cache), prefix, strict=True):
+        keys, values = (each.to(layer.keys).expand(len(layer.keys), -1, -1, -1) for each in states)
+        layer.keys, layer.values = torch.cat([keys, layer.keys], dim=-2), torch.cat([values, layer.values], dim=-2)
+    return prefix.shape[3]
 
 
 def insertion_mask(points: Tensor, length: int, n: int, v: int) -> Tensor:

@@ -46,6 +46,15 @@ def hidden_layers(model: PreTrainedModel) -> Sequence[int] | None:
 
 
 @hookspec
+def prefix() -> Tensor | None:
+    """Return keys and values `[layers, 2, key heads, columns, head_dim]` that the rows which you append see before the
+    sequence, and nobody else, in the layers of the model that keep the whole context; or None. Of drafters only.
+
+    Called once a generation.
+    """
+
+
+@hookspec
 def start(step: Step, model: PreTrainedModel) -> None:
     """A sequence begins: its prompt is in the KV cache, and `step.memory` is empty.
 

@@ -1,6 +1,6 @@
 """Keys and values that a forward writes where they shall stay, instead of copying those of the whole context.
 
-Knows memory and how much of it counts. Does not know trees.
+Knows memory, how much of it counts, and columns in front of the context. Does not know trees or who sees what.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
@@ -20,9 +21,11 @@ ROOM = 256  # tokens by which the memory grows
 
 @dataclass
 class Extent:
-    """How many tokens the layers of a cache hold; what stands behind them is written over."""
+    """How many columns the layers of a cache hold; what stands behind them is written over."""
 
-    tokens: int
+    columns: int
+    front: int = 0  # of them, before those of the context
+    hidden: int = 0  # of those in front, kept from the next forward
 
 
 class InPlaceLayer(DynamicLayer):
@@ -33,6 +36,7 @@ class InPlaceLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer, self.extent = layer, extent
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+        self.front = 0  # columns of its memory before those of the context
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write them behind what counts, for which `make_room` has been called; all there is then, `[..., columns, _]`.
@@ -41,21 +45,30 @@ class InPlaceLayer(DynamicLayer):
         """
         keys: Any = self.keys
         values: Any = self.values
-        begin = self.extent.tokens
+        begin, hidden = self.extent.columns, self.extent.hidden
         end = begin + key_states.shape[-2]
         keys[:, :, begin:end] = key_states
         values[:, :, begin:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, hidden:end], values[:, :, hidden:end]
 
     def get_seq_length(self) -> int:
-        """Tokens that count."""
-        return self.extent.tokens
+        """Columns that a forward sees before its own."""
+        return self.extent.columns - self.extent.hidden
 
     def give_back(self) -> Any:
-        """The layer that this one stands in for, with what counts."""
+        """The layer that this one stands in for, with what counts of the context."""
         held: list[Any] = [self.keys, self.values]
-        self.layer.keys, self.layer.values = (states.narrow(-2, 0, self.extent.tokens) for states in held)
+        tokens = self.extent.columns - self.extent.front
+        self.layer.keys, self.layer.values = (states.narrow(-2, self.front, tokens) for states in held)
         return self.layer
+
+    def move_behind(self, keys: Tensor, values: Tensor) -> None:
+        """Let `keys` and `values` `[heads, columns, head_dim]` stand before the context."""
+        held: Any = {"keys": self.keys, "values": self.values}
+        front = {"keys": keys, "values": values}
+        states = {name: torch.cat([front[name][None].to(old), old], dim=-2) for name, old in held.items()}
+        vars(self).update(states, front=self.front + keys.shape[-2])  # at once: a call may be broken off anywhere
+        vars(self.layer).update(states)  # so that the old memory is free
 
 
 @contextmanager
@@ -76,7 +89,7 @@ def lay_in_place(cache: Cache) -> None:
     extent = Extent(cache.get_seq_length())
     cache.layers = [
         InPlaceLayer(layer, extent)
-        if type(layer) is DynamicLayer and layer.get_seq_length() == extent.tokens
+        if type(layer) is DynamicLayer and layer.get_seq_length() == extent.columns
         else layer
         for layer in layers
     ]
@@ -86,7 +99,7 @@ def lay_in_place(cache: Cache) -> None:
 def make_room(cache: Cache, rows: int) -> None:
     """Let there be room for `rows` more, and for one that nobody fills."""
     for layer in in_place_layers(cache):
-        room, needed = layer.keys.shape[-2], layer.extent.tokens + rows + 1
+        room, needed = layer.keys.shape[-2], layer.extent.columns + rows + 1
         if room < needed:
             more = ROOM * -(-needed // ROOM) - room
             # What the layer stood in for holds the same, so that the old memory is free.
@@ -96,8 +109,37 @@ def make_room(cache: Cache, rows: int) -> None:
 
 def count(cache: Cache, rows: int) -> None:
     """Let `rows` rows more count, which a forward has written, or fewer."""
-    for extent in {id(layer.extent): layer.extent for layer in in_place_layers(cache)}.values():
-        extent.tokens += rows
+    for extent in _extents(cache):
+        extent.columns += rows
+
+
+def put_in_front(cache: Cache, prefix: Tensor) -> None:
+    """Put `prefix` `[layers, 2, key heads, columns, head_dim]` before all that the layers hold that are written in
+    place; a forward sees it like the context. Raises `ValueError` when it is one of other layers.
+    """
+    layers = in_place_layers(cache)
+    wanted = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+    count_of, _, heads, columns, size = prefix.shape
+    if wanted != [(heads, size, size)] * count_of:
+        raise ValueError(
+            f"a prefix of {count_of} layers with {heads} heads of {size} numbers does not fit the {len(layers)} layers "
+            f"that keep the whole context, whose heads and numbers of keys and values are {sorted(set(wanted))}"
+        )
+    for layer, (keys, values) in zip(layers, prefix, strict=True):
+        layer.move_behind(keys, values)
+    for extent in _extents(cache):
+        extent.front += columns
+        extent.columns += columns
+
+
+def hide_front(cache: Cache, hidden: bool) -> None:
+    """Keep what stands in front of the context from the forwards that follow, or show it."""
+    for extent in _extents(cache):
+        extent.hidden = extent.front if hidden else 0
+
+
+def _extents(cache: Cache) -> list[Extent]:
+    return list({id(layer.extent): layer.extent for layer in in_place_layers(cache)}.values())
 
 
 def in_place_layers(cache: Cache) -> list[Any]:

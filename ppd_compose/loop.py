@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from .checkpoints import checkpoint, resume
 from .replies import Reply, evaluating
 
+MAY_BE_ZERO = ("warmup", "prefix")  # of a recipe
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -44,8 +45,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1 and name not in ("seed", "warmup"):
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 0 if name in MAY_BE_ZERO else 1
+            if isinstance(value, int) and value < least and name != "seed":
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

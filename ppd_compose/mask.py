@@ -41,7 +41,7 @@ def refuse_attention(model: PreTrainedModel) -> None:
 
 
 def layered_mask(
-    model: PreTrainedModel, cache: Cache, see: Tensor, at: Tensor, columns: Tensor
+    model: PreTrainedModel, cache: Cache, see: Tensor, at: Tensor, columns: Tensor, front: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
     """The mask of one forward for every kind of layer that `cache` has.
 
@@ -49,22 +49,24 @@ def layered_mask(
         see: bool `[batch, rows, columns]`, without any window.
         at: int64 `[batch, rows]`, the place of each row in the sequence, padding counted.
         columns: int64 `[batch, columns]`, that of each cached or new column.
+        front: bool `[batch, rows, more columns]`, of what stands before these in layers that keep the whole context.
     """
     layers: list[Any] = list(cache.layers)
     windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
     made = {
         "full_attention" if window is None else "sliding_attention": attention_mask(
-            model, _within(see, at, columns, window)[:, None]
+            model, _within(see, at, columns, window, front)[:, None]
         )
         for window in windows
     }
     return made if len(made) > 1 else next(iter(made.values()))
 
 
-def _within(see: Tensor, at: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Cut `see` to a sliding window: such a layer holds the last `window - 1` cached columns and the new ones."""
+def _within(see: Tensor, at: Tensor, columns: Tensor, window: int | None, front: Tensor | None) -> Tensor:
+    """Cut `see` to a sliding window: such a layer holds the last `window - 1` cached columns and the new ones. Without
+    one `front` comes first."""
     if window is None:
-        return see
+        return see if front is None else torch.cat([front, see], dim=-1)
     near = at[:, :, None] - columns[:, None] < window
     held = min(columns.shape[1] - at.shape[1], window - 1) + at.shape[1]
     return (see & near)[..., -held:]

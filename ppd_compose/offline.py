@@ -39,8 +39,9 @@ class OfflinePromptTokens(PromptTokens):
 
     def __init__(self, prompt_tokens: PromptTokens, rows: int) -> None:
         super().__init__(
-            prompt_tokens.embeddings, prompt_tokens.accuracy.tolist(), prompt_tokens.identity, prompt_tokens.training
-        )
+            prompt_tokens.embeddings, prompt_tokens.accuracy.tolist(), prompt_tokens.identity, prompt_tokens.training,
+            prompt_tokens.keys_values,
+        )  # fmt: skip
         self.trees = sparse_trees(self.accuracy, rows, self.embeddings.shape[1])
 
     @hookimpl

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from .adapter import FORMAT, Adapter, check_counts
+from .adapter import FORMAT, PREFIX, SUFFIX, WITH_PREFIX, Adapter, check_counts, check_prefix_shape
 from .identity import Identity
 
 NAME = "PPD"
@@ -28,6 +28,8 @@ class PPDConfig(PeftConfig):
     Args:
         num_prompt_tokens: how many tokens ahead are guessed, beyond the next.
         ensemble: embeddings of each (EPTs, section 3.2).
+        prefix: `[layers, 2, key heads, columns, head_dim]`, the shape of keys and values that prompt tokens alone see
+            before the sequence; None for none.
         accuracy: `[num_prompt_tokens][rank]`, how often each guess was right on held-out replies.
         base: what tells the base from others; read off the model.
         training: what is known of the training, for the card.
@@ -36,6 +38,7 @@ class PPDConfig(PeftConfig):
 
     num_prompt_tokens: int = 3
     ensemble: int = 1
+    prefix: list[int] | None = None
     accuracy: list[list[float]] | None = None
     base: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -46,8 +49,12 @@ class PPDConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_counts(self.num_prompt_tokens, self.ensemble)
-        if self.format_version != FORMAT:
-            raise ValueError(f"format_version is {self.format_version!r}, this version reads {FORMAT}: upgrade")
+        if self.format_version not in (FORMAT, WITH_PREFIX):
+            raise ValueError(
+                f"format_version is {self.format_version!r}, this version reads those up to {WITH_PREFIX}: upgrade"
+            )
+        check_prefix_shape(self.prefix)
+        self.format_version = FORMAT if self.prefix is None else WITH_PREFIX
         self.digest = None
         self.peft_type = _peft_type()
         self.task_type = self.task_type or "CAUSAL_LM"
@@ -56,21 +63,25 @@ class PPDConfig(PeftConfig):
 class PPDEmbedding(nn.Module, BaseTunerLayer):
     """The base's input embedding, which it passes on unchanged, with the rows of each adapter beside it."""
 
-    adapter_layer_names = ("ppd_embeddings",)
+    adapter_layer_names = (SUFFIX, PREFIX)
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.ppd_embeddings = nn.ParameterDict()
+        self.ppd_embeddings_prefix = nn.ParameterDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter: str, config: PPDConfig) -> None:
-        """Add rows `[prompt tokens x embeddings, hidden]` float32 for `adapter`, at first the mean of all tokens'."""
+        """Add rows `[prompt tokens x embeddings, hidden]` float32 for `adapter`, at first the mean of all tokens', and
+        where there is to be one a prefix, at first zeros."""
         weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         rows = weight.detach().mean(0, dtype=torch.float32).expand(config.num_prompt_tokens * config.ensemble, -1)
         self.ppd_embeddings[adapter] = nn.Parameter(rows.clone())
+        if config.prefix is not None:
+            self.ppd_embeddings_prefix[adapter] = nn.Parameter(rows.new_zeros(config.prefix))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +147,8 @@ def adapter_in(model: Any, name: str | None = None) -> Adapter:
     config = model.peft_config[name]
     rows = layer.ppd_embeddings[name].detach().float()
     embeddings = rows.view(config.num_prompt_tokens, config.ensemble, -1)
-    return Adapter(embeddings, config.accuracy, _identity(config), dict(config.training or {}))
+    states = layer.ppd_embeddings_prefix[name].detach() if name in layer.ppd_embeddings_prefix else None
+    return Adapter(embeddings, config.accuracy, _identity(config), dict(config.training or {}), states)
 
 
 def _identity(config: Any) -> Identity:

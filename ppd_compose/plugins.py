@@ -11,9 +11,11 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import pluggy
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import hookspecs
+from .check import check_prefix
 
 DRAFTERS = hookspecs.PROJECT  # entry point group: name -> drafter class
 TRAINING = f"{hookspecs.PROJECT}.train"  # entry point group: name -> function with typer's options
@@ -73,6 +75,12 @@ class Plugins:
         if wrong := sorted(wanted - set(range(last + 1))):
             raise ValueError(f"hidden states {wrong} were asked for, {type(model).__name__} has those of 0 to {last}")
         return sorted(wanted)
+
+    def prefixes(self) -> dict[int, Tensor]:
+        """What rows that drafters append see before the sequence, by the drafters' bits."""
+        bits = {name: 1 << i for i, name in enumerate(self.drafters)}
+        callers = self.each_drafter("prefix")
+        return {bits[name]: check_prefix(told, name) for name, _, prefix in callers for told in prefix()}
 
     def hooks_of(self, plugin: Any) -> list[str]:
         """Names of the hooks that `plugin` implements."""

@@ -43,9 +43,12 @@ class PromptTokens(Shared):
             many prompt tokens are worth their rows.
         identity: the base that the embeddings were trained for, checked by `compose`.
         training: how they were trained, as plain data for their files.
+        prefix: `[layers, 2, key heads, columns, head_dim]`, keys and values that prompt tokens, and nothing else, see
+            before the sequence in every layer of the base that keeps the whole context (prefix tuning, arXiv
+            2101.00190, of the prompt tokens' rows alone).
 
     Raises:
-        ValueError: no embeddings, not finite, or accuracies of another shape or outside 0 to 1.
+        ValueError: no embeddings, not finite, accuracies of another shape or outside 0 to 1, or a prefix of none.
     """
 
     name = "ppd"
@@ -56,12 +59,18 @@ class PromptTokens(Shared):
         accuracy: Sequence[Sequence[float]] | None = None,
         identity: Identity | None = None,
         training: Mapping[str, Any] | None = None,
+        prefix: Tensor | None = None,
     ) -> None:
         if embeddings.ndim != 3 or 0 in embeddings.shape:
             raise ValueError(f"prompt tokens must be [n, v, hidden] with n, v >= 1, got {tuple(embeddings.shape)}")
-        if not torch.isfinite(embeddings).all():
+        if prefix is not None and (prefix.ndim != 5 or 0 in prefix.shape or prefix.shape[1] != 2):
+            raise ValueError(
+                f"a prefix must be [layers, 2, key heads, columns, head_dim], none of them 0, got {tuple(prefix.shape)}"
+            )
+        if not all(torch.isfinite(held).all() for held in (embeddings, prefix) if held is not None):
             raise ValueError("prompt tokens hold NaN or infinite values: the file is damaged or training diverged")
         self.embeddings = embeddings.detach()
+        self.keys_values = None if prefix is None else prefix.detach()
         self.identity, self.training = identity, dict(training or {})
         n = embeddings.shape[0]
         self.measured = accuracy is not None
@@ -97,7 +106,7 @@ class PromptTokens(Shared):
             raise ValueError("adapter_name is one of a model's: of a folder or repository give the subfolder")
         else:
             adapter = read_adapter(source, revision=revision, token=token, subfolder=subfolder)
-        return cls(adapter.embeddings, adapter.accuracy, adapter.identity, adapter.training)
+        return cls(adapter.embeddings, adapter.accuracy, adapter.identity, adapter.training, adapter.prefix)
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: Container[str]) -> bool:
@@ -114,7 +123,7 @@ class PromptTokens(Shared):
         Raises `ValueError` without an identity.
         """
         accuracy = self.accuracy.tolist() if self.measured else None
-        adapter = Adapter(self.embeddings, accuracy, self.identity, self.training)
+        adapter = Adapter(self.embeddings, accuracy, self.identity, self.training, self.keys_values)
         write_adapter(adapter, Path(folder), model_card(adapter, results))
 
     @hookimpl
@@ -129,6 +138,11 @@ class PromptTokens(Shared):
         if base.vocab_size != self.identity.vocab_size:
             raise ValueError(f"these prompt tokens were trained for {self.identity}; they cannot be used on {base}")
         self.identity.warn_of_other_weights(base, "these prompt tokens")
+
+    @hookimpl
+    def prefix(self) -> Tensor | None:
+        """What the prompt tokens see before the sequence."""
+        return self.keys_values
 
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:

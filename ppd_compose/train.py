@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from .cache import whole_context, with_cache
 from .distill import Batch, Guessed, PromptRows
 from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
 from .replies import Reply
@@ -27,14 +28,17 @@ class PromptRecipe(Recipe):
 
     num_prompt_tokens: int = 3
     ensemble: int = 1
+    prefix: int = 0  # keys and values of each layer that prompt tokens alone see
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained rows `[n, v, hidden]` float32 and accuracies `[n][rank]`: how often the token at that distance
-    was the guess of that rank, on held-out replies."""
+    """Trained rows `[n, v, hidden]`, their prefix `[layers, 2, key heads, columns, head_dim]` where there is one, both
+    in the base's dtype, and accuracies `[n][rank]`: how often the token at that distance was the guess of that rank, on
+    held-out replies."""
 
     embeddings: Tensor
+    prefix: Tensor | None
     accuracy: list[list[float]]
 
 
@@ -45,18 +49,24 @@ def train_prompt_tokens(
     recipe: PromptRecipe,
     checkpoints: Path,
     start: Tensor | None = None,
+    start_prefix: Tensor | None = None,
 ) -> Trained:
     """Distil `base` into prompt tokens on its own `replies`, resuming from the newest of `checkpoints`.
 
-    Training begins at `start` `[n, v, hidden]`, or near the mean of the base's embeddings.
+    Training begins at `start` `[n, v, hidden]`, or near the mean of the base's embeddings, and at `start_prefix`, or at
+    a prefix that says nothing.
 
     The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same rows, whether or not the run was interrupted.
-    Raises `ValueError` when no reply, or none held out, is long enough, or `start` has another shape than the recipe.
+    Raises `ValueError` when no reply, or none held out, is long enough, `start` has another shape than the recipe, or
+    the recipe asks for a prefix and no layer of the base keeps the whole context.
     """
     shape = (recipe.num_prompt_tokens, recipe.ensemble)
     if start is not None and start.shape[:2] != shape:
         raise ValueError(f"training was to start from {tuple(start.shape[:2])} embeddings, the recipe wants {shape}")
+    if start_prefix is not None and start_prefix.shape[3] != recipe.prefix:
+        have = start_prefix.shape[3]
+        raise ValueError(f"training was to start from a prefix of {have} columns, the recipe wants {recipe.prefix}")
     recipe = within_window(recipe, base, recipe.num_prompt_tokens)
     mine = usable(replies, recipe, recipe.num_prompt_tokens)
     usable(held_out, recipe, recipe.num_prompt_tokens)  # else all accuracies, which gains are made of, would be 0
@@ -68,9 +78,15 @@ def train_prompt_tokens(
 
     with frozen(base):
         first = initial_embeddings(base, recipe) if start is None else start
-        rows = PromptRows(first).to(base.device)
-        rows = run(rows, recipe, checkpoints, mine, step)
-        return Trained(rows.embeddings.detach().cpu(), evaluate(base, rows, held_out, recipe))
+        prefix = initial_prefix(base, recipe) if start_prefix is None else start_prefix
+        rows = run(PromptRows(first, prefix).to(base.device), recipe, checkpoints, mine, step)
+        prefix = None if rows.prefix is None else _as_used(rows.prefix, base)
+        return Trained(_as_used(rows.embeddings, base), prefix, evaluate(base, rows, held_out, recipe))
+
+
+def _as_used(states: Tensor, base: Any) -> Tensor:
+    """What was trained as the base computes with it, on the host."""
+    return states.detach().to("cpu", base.dtype)
 
 
 def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:
@@ -79,6 +95,30 @@ def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:
     dice = torch.Generator("cpu").manual_seed(recipe.seed)
     noise = torch.randn(recipe.num_prompt_tokens, recipe.ensemble, weight.shape[1], generator=dice, device="cpu")
     return weight.mean(0) + 0.1 * weight.std() * noise
+
+
+@torch.no_grad()
+def initial_prefix(base: Any, recipe: PromptRecipe) -> Tensor | None:
+    """Small keys and no values for the layers that keep the whole context `[layers, 2, key heads, recipe.prefix,
+    head_dim]` float32, from the seed alone; None where the recipe asks for none.
+
+    Raises `ValueError` for a base without such layers, or whose layers differ in heads or sizes.
+    """
+    if not recipe.prefix:
+        return None
+    cache = DynamicCache(config=base.config)
+    base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), **with_cache(base, cache))
+    layers = whole_context(cache)
+    shapes = {(states.shape[1], states.shape[3]) for layer in layers for states in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{type(base).__name__} has {len(layers)} layers that keep the whole context, with heads and sizes "
+            f"{sorted(shapes)}: a prefix wants some, all alike; train with prefix=0"
+        )
+    heads, size = shapes.pop()
+    dice = torch.Generator("cpu").manual_seed(recipe.seed)
+    keys = 0.5 * torch.randn(len(layers), heads, recipe.prefix, size, generator=dice, device="cpu")
+    return torch.stack([keys, torch.zeros_like(keys)], dim=1)
 
 
 def make_batch(replies: Sequence[Reply], recipe: PromptRecipe, number: int) -> Batch:

@@ -21,6 +21,9 @@ def command(
     dtype: options.DtypeOption = "bfloat16",
     num_prompt_tokens: Annotated[int, typer.Option(help="n: how many tokens ahead are guessed.")] = 3,
     ensemble: Annotated[int, typer.Option(help="v: embeddings of each prompt token.")] = 1,
+    prefix: Annotated[
+        int, typer.Option(help="Keys and values of each layer that prompt tokens alone see; 0 for none.")
+    ] = 1,
     steps: options.StepsOption = 1500,
     batch_size: options.BatchOption = 1,
     points: options.PointsOption = 96,
@@ -47,7 +50,7 @@ def command(
     asked = read_prompts(prompts)
     recipe = PromptRecipe(
         steps, batch_size, points, max_length, learning_rate, seed=seed, checkpoint_every=checkpoint_every,
-        num_prompt_tokens=num_prompt_tokens, ensemble=ensemble,
+        num_prompt_tokens=num_prompt_tokens, ensemble=ensemble, prefix=prefix,
     )  # fmt: skip
     start = None if start_from is None else load_drafter(start_from)
     if not isinstance(start, PromptTokens | None):

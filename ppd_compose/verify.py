@@ -6,7 +6,7 @@ Knows the layout of rows, positions and columns. Does not decide which rows ther
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,18 @@ from transformers.utils import output_capturing
 
 from .cache import undone, with_cache
 from .forward import Forward
-from .inplace import count, make_room
+from .inplace import count, hide_front, make_room
 from .mask import layered_mask
 from .tree import Appended, Ints, TokenTree, ancestors, stacked_parents
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is cached: `visible` bool `[columns]`, False for padding."""
+    """What is cached: `visible` bool `[columns]`, False for padding, and in front of it prefixes, the first one first:
+    how many columns each has, and the source of the appended rows that alone see it."""
 
     visible: Tensor
+    prefixes: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -34,7 +36,11 @@ class Context:
 
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
-        return Context(torch.cat([self.visible, self.visible.new_ones(tokens)]))
+        return replace(self, visible=torch.cat([self.visible, self.visible.new_ones(tokens)]))
+
+    def behind(self, columns: int, source: int) -> Context:
+        """The same behind a prefix of `columns` columns, which appended rows of `source` see."""
+        return replace(self, prefixes=((columns, source), *self.prefixes))
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,14 @@ def verify(
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
     make_room(cache, sum(sizes) + idle)
+    front = _in_front(context, tree, appended, idle)
+    if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
+        front = front[:, :0]
+    hide_front(cache, not front.shape[1])
     with undone(cache):
         out = forward.model(
             **_rows(forward, tree, appended, idle),
-            **_who_sees_whom(forward, cache, context, stacked_parents(tree, appended), idle),
+            **_who_sees_whom(forward, cache, context, front, stacked_parents(tree, appended)),
             **with_cache(forward.model, cache),
             return_dict=True,
             **states_wanted(layers),
@@ -112,10 +122,19 @@ def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended], idle:
     return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own), unseen], dim=1)}
 
 
-def _who_sees_whom(forward: Forward, cache: Cache, context: Context, parents: Ints, idle: int) -> dict[str, Any]:
-    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
+def _in_front(context: Context, tree: TokenTree, appended: Sequence[Appended], idle: int) -> Tensor:
+    """Which rows see which columns of the prefixes, bool `[rows, columns]`: of a tree and idle ones none does."""
+    owners = np.repeat([source for _, source in context.prefixes], [columns for columns, _ in context.prefixes])
+    blocks = [np.full(len(rows), rows.source) for rows in appended]
+    sources = np.concatenate([np.zeros(len(tree), np.int64), *blocks, np.zeros(idle, np.int64)])
+    return torch.from_numpy(sources[:, None] == owners)
+
+
+def _who_sees_whom(forward: Forward, cache: Cache, context: Context, front: Tensor, parents: Ints) -> dict[str, Any]:
+    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding. Behind the rows
+    of `parents` come idle ones, as many as `front` `[rows, columns]` has beyond."""
     model = forward.model
-    see = torch.from_numpy(ancestors(np.concatenate([parents, np.full(idle, -1)])))
+    see = torch.from_numpy(ancestors(np.concatenate([parents, np.full(len(front) - len(parents), -1)])))
     visible = context.visible
     positions = int(visible.sum()) + see.sum(1) - 1
     places = {"position_ids": positions[None].to(model.device)}
@@ -125,7 +144,7 @@ def _who_sees_whom(forward: Forward, cache: Cache, context: Context, parents: In
     at = context.length + see.sum(1) - 1
     columns = torch.cat([torch.arange(context.length, device="cpu"), at])
     mask = torch.cat([visible.expand(len(see), -1), see], dim=1)
-    masks = layered_mask(model, cache, mask[None], at[None], columns[None])
+    masks = layered_mask(model, cache, mask[None], at[None], columns[None], front[None])
     return {"attention_mask": _on(masks, model.device), **places}
 
 

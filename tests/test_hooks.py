@@ -220,6 +220,50 @@ def test_hook_append():
         torch.testing.assert_close(logits[0], expected)
 
 
+def test_hook_prefix():
+    """Rows of the drafter that has it see it, and nobody else does: its own values decide what they answer."""
+
+    class Hangs:
+        name = "hangs"
+
+        def __init__(self, row, prefix):
+            self.row, self.states, self.told = row, prefix, []
+
+        @hookimpl
+        def prefix(self):
+            return self.states
+
+        @hookimpl
+        def append(self, tree):
+            nodes = np.arange(len(tree))
+            return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(tree)))
+
+        @hookimpl
+        def observe(self, step):
+            self.told += [answer.logits[:1] for answer in step.answers.values() if len(answer.kinds)]
+
+    row = tiny().get_input_embeddings().weight[5:6].detach()
+    without, other = Hangs(row, None), Hangs(row, torch.ones(3, 2, 2, 1, 8))
+    for hangs in (without, other):
+        _, out = run(tiny(), Oracle(answer()), hangs)
+        assert out[0].tolist() == answer(12)
+    assert len(without.told) == len(other.told) > 1
+    assert not any(torch.allclose(*pair) for pair in zip(without.told, other.told, strict=True))
+
+
+@pytest.mark.parametrize("told", [torch.zeros(3, 2, 2, 8), "all", torch.zeros(3, 2, 2, 1, 8, dtype=torch.long)])
+def test_a_malformed_prefix_names_the_drafter(told):
+    class Wrong:
+        name = "wrong"
+
+        @hookimpl
+        def prefix(self):
+            return told
+
+    with pytest.raises(MalformedDraft, match="'wrong' returned a malformed draft"):
+        run(tiny(), Wrong())
+
+
 def test_hook_fit():
     class Two:
         @hookimpl
