@@ -58,7 +58,7 @@ def compare(
         for kind, seen in peaks.items():
             command = [sys.executable, __file__, "peak", kind, dtype, str(max_new_tokens)]
             seen.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    model = load_base("demo", dtype).model
+    model, tokens = load_base("demo", dtype).model, load_drafter("ppd")
     command_line = (
         f"python benchmarks/memory.py compare --dtype {dtype} --ways {ways} --max-new-tokens {max_new_tokens}"
     )
@@ -66,7 +66,7 @@ def compare(
         "environment": environment(model, command_line),
         "peak_kib": peaks,
         "ratios": {kind: median(seen) / median(peaks["plain"]) for kind, seen in peaks.items()},
-        "adapter_parameters": load_drafter("ppd").embeddings.numel(),
+        "adapter_parameters": sum(held.numel() for held in (tokens.embeddings, tokens.keys_values) if held is not None),
         "base_parameters": model.num_parameters(),
     }
     if json_file:

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from ppd_compose.integrations.draft_model import DraftModel
+from ppd_compose.integrations.draft_model.reading import Reading
 from test_lossless import PAIRS
 from test_prompt import Watches
 from test_train import replies
-from tiny import FAMILIES, Oracle, continuing, prompt, prompt_tokens, tiny
+from tiny import FAMILIES, VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from transformers import DynamicCache
 
 from ppd_compose import PPDConfig, PromptTokens, compose
@@ -139,6 +141,37 @@ def test_what_is_no_prefix_is_refused(shape):
 def test_a_prefix_of_nan_is_refused():
     with pytest.raises(ValueError, match="NaN"):
         PromptTokens(torch.zeros(1, 1, 32), prefix=torch.full((3, 2, 2, 1, 8), torch.nan))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_draft_model_s_prompt_tokens_see_their_prefix(family):
+    draft = tiny(family)
+    made, ids = with_prefix(draft, 2, 1, 3), prompt(20)[0].tolist()
+    mine = Reading(draft, made.embeddings.double(), VOCAB, 4, made.keys_values)
+    mine.read(ids, 0)
+    first, second = mine.look([5, 6], [-1, -1], 2), mine.look([7], [1], 1)
+    for path, told, row in (([5], first, 0), ([6], first, 1), ([6, 7], second, 0)):
+        own = [draft(torch.tensor([ids + path])).logits[0, -1]]
+        for i in range(1, told.tokens.shape[1]):
+            own.append(told_alone(draft, ids + path, made.embeddings[:i, 0].double(), made.keys_values))
+        best = torch.stack(own).softmax(-1).topk(4)
+        assert told.tokens[row].tolist() == best.indices.tolist()
+        torch.testing.assert_close(torch.tensor(told.log_probs[row]), best.values.log(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_draft_model_with_a_prefix_leaves_the_tokens_as_they_are(family):
+    base, draft = tiny(family), tiny(family, seed=1)
+    drafter = DraftModel(draft, depth=4, width=2, prompt_tokens=with_prefix(draft, 2))
+    assert torch.equal(greedy(compose(base, drafter, budget=24), prompt()), greedy(base, prompt()))
+
+
+def test_a_draft_model_refuses_a_prefix_of_other_layers():
+    draft = tiny(seed=1)
+    fits = with_prefix(draft)
+    other = PromptTokens(fits.embeddings, prefix=fits.keys_values[:2])
+    with pytest.raises(ValueError, match="one of 2 layers, of the draft model's 3 keep the whole context"):
+        compose(tiny(), DraftModel(draft, prompt_tokens=other))
 
 
 # Training

@@ -45,15 +45,24 @@ class Reading:
         prompts: prompt tokens `[n, v, hidden]`; `n` may be 0.
         vocab_size: tokens that may be guessed; the model's own vocabulary may be larger.
         width: guesses of each next token.
+        prefix: keys and values that prompt tokens alone see before the sequence `[layers that keep the whole context,
+            2, key heads, columns, head_dim]`.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Tensor, vocab_size: int, width: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Tensor, vocab_size: int, width: int, prefix: Tensor | None = None
+    ) -> None:
         self.model, self.prompts, self.vocab_size, self.width = model, prompts, vocab_size, width
         # Layers that keep the whole past, also where the model has windows, which the masks cut instead: a window's own
         # layer forgets what it holds while guesses are looked at, and they are dropped again.
         self.cache = DynamicCache()
         layers: list[Any] = list(DynamicCache(config=model.config).layers)
         self.windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
+        self.front = 0 if prefix is None else prefix.shape[3]  # columns before the sequence
+        if prefix is not None:
+            whole = [at for at, layer in enumerate(layers) if not layer.is_sliding]
+            for at, states in zip(whole, prefix.to(model.device, model.dtype), strict=True):
+                self.cache.update(*states[:, None], at)
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.length = 0  # tokens read
@@ -109,7 +118,7 @@ class Reading:
         model: Any = self.model
         out = model(
             **self._inputs(tokens, own.flatten(0, 1).repeat(told, 1)),
-            **self._places([*self.parents, *parents, *below]),
+            **self._places([*self.parents, *parents, *below], len(below)),
             **keep,
             **with_cache(model, self.cache),
             return_dict=True,
@@ -124,19 +133,21 @@ class Reading:
         embed = self.model.get_input_embeddings()(ids)
         return {"inputs_embeds": torch.cat([embed, prompts[None].to(embed)], dim=1)}
 
-    def _places(self, parents: Sequence[int]) -> dict[str, Any]:
-        """Position ids and mask of the rows behind those looked at already; a mere chain needs no mask."""
+    def _places(self, parents: Sequence[int], prompts: int) -> dict[str, Any]:
+        """Position ids and mask of the rows behind those looked at already, the last `prompts` being prompt tokens; a
+        mere chain needs no mask where nothing stands before the sequence."""
         old, rows = len(self.parents), np.asarray(parents, np.int64)
-        if np.array_equal(rows, np.arange(ROOT, len(rows) - 1)):
+        if not self.front and np.array_equal(rows, np.arange(ROOT, len(rows) - 1)):
             return {"position_ids": self._standing(torch.arange(old, len(rows), device="cpu"))}
         see = torch.from_numpy(ancestors(rows))
         depths = see.sum(1) - 1
         columns = torch.cat([torch.arange(-self.length, 0, device="cpu"), depths])
         see = torch.cat([see.new_ones(len(rows) - old, self.length), see[old:]], dim=1)
         apart = depths[old:, None] - columns
+        front = (torch.arange(len(see)) >= len(see) - prompts)[:, None].expand(-1, self.front)
         masks = {
             "full_attention" if window is None else "sliding_attention": attention_mask(
-                self.model, (see if window is None else see & (apart < window))[None, None]
+                self.model, (torch.cat([front, see], dim=1) if window is None else see & (apart < window))[None, None]
             ).to(self.model.device)
             for window in self.windows
         }
