@@ -38,8 +38,8 @@ def refuse_prefix(prefix: Tensor | None, draft: PreTrainedModel) -> None:
     whole = sum(not layer.is_sliding for layer in layers)
     if prefix is not None and len(prefix) != whole:
         raise ValueError(
-            f"the prefix of these prompt tokens is one of {len(prefix)} layers, of the draft model's {whole} keep the whole "
-            "context: take prompt tokens that were trained for it"
+            f"the prefix of these prompt tokens is one of {len(prefix)} layers, of the draft model's {whole} keep the "
+            "whole context: take prompt tokens that were trained for it"
         )
 
 
