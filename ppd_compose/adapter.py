@@ -27,6 +27,7 @@ SUFFIX = "ppd_embeddings"
 PREFIX = f"{SUFFIX}_prefix"
 MOST = 256  # prompt tokens, or embeddings of each
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EIGHT_BITS = torch.float8_e4m3fn  # of a prefix in a file, where its numbers are such
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,16 @@ def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
     }
     tensors = {SUFFIX: adapter.embeddings.flatten(0, 1)}
     if adapter.prefix is not None:
-        tensors[PREFIX] = adapter.prefix
+        whole = bool(torch.equal(in_eight_bits(adapter.prefix), adapter.prefix))
+        tensors[PREFIX] = adapter.prefix.to(EIGHT_BITS) if whole else adapter.prefix
     place = f"base_model.model.{adapter.identity.embedding}"
     write_pair({f"{place}.{name}": held for name, held in tensors.items()}, folder / TENSORS, config, CONFIG, card)
+
+
+def in_eight_bits(prefix: Tensor) -> Tensor:
+    """The nearest numbers that a file holds in eight bits each, in the dtype of `prefix`."""
+    most = torch.finfo(EIGHT_BITS).max
+    return prefix.clamp(-most, most).to(EIGHT_BITS).to(prefix.dtype)
 
 
 def read_adapter(
@@ -96,6 +104,8 @@ def read_adapter(
         config = _of_these_tensors(config, tensors, folder)
     n, v, accuracy, identity = _fields(folder / CONFIG, config)
     rows, prefix, promised = tensors[SUFFIX], tensors.get(PREFIX), config.get("prefix")
+    if prefix is not None and prefix.dtype == EIGHT_BITS:
+        prefix = prefix.bfloat16()
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
             f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
@@ -183,8 +193,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name) for name in mine}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in FLOATS}
-    if len(mine) != len(sizes) or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5}):
+    sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in (*FLOATS, EIGHT_BITS)}
+    if (
+        len(mine) != len(sizes)
+        or tensors[SUFFIX].dtype == EIGHT_BITS
+        or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5})
+    ):
         raise ValueError(
             f"{path} must hold one matrix of floats named ...{SUFFIX}, and may hold a prefix of five dimensions named "
             f"...{PREFIX}, it holds {sorted(names)}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .adapter import in_eight_bits
 from .cache import whole_context, with_cache
 from .distill import Batch, Guessed, PromptRows
 from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
@@ -34,7 +35,7 @@ class PromptRecipe(Recipe):
 @dataclass(frozen=True)
 class Trained:
     """Trained rows `[n, v, hidden]`, their prefix `[layers, 2, key heads, columns, head_dim]` where there is one, both
-    in the base's dtype, and accuracies `[n][rank]`: how often the token at that distance was the guess of that rank, on
+    in the base's dtype and the latter of numbers that eight bits hold, and accuracies `[n][rank]`: how often the token at that distance was the guess of that rank, on
     held-out replies."""
 
     embeddings: Tensor
@@ -80,13 +81,16 @@ def train_prompt_tokens(
         first = initial_embeddings(base, recipe) if start is None else start
         prefix = initial_prefix(base, recipe) if start_prefix is None else start_prefix
         rows = run(PromptRows(first, prefix).to(base.device), recipe, checkpoints, mine, step)
-        prefix = None if rows.prefix is None else _as_used(rows.prefix, base)
-        return Trained(_as_used(rows.embeddings, base), prefix, evaluate(base, rows, held_out, recipe))
+        embeddings, prefix = _as_stored(rows, base)
+        rows = PromptRows(embeddings, prefix).to(base.device)
+        return Trained(embeddings, prefix, evaluate(base, rows, held_out, recipe))
 
 
-def _as_used(states: Tensor, base: Any) -> Tensor:
-    """What was trained as the base computes with it, on the host."""
-    return states.detach().to("cpu", base.dtype)
+def _as_stored(rows: PromptRows, base: Any) -> tuple[Tensor, Tensor | None]:
+    """What was trained, on the host, rounded as the base computes with it; a prefix to what eight bits hold, which is
+    as good and makes files small."""
+    embeddings = rows.embeddings.detach().to("cpu", base.dtype)
+    return embeddings, None if rows.prefix is None else in_eight_bits(rows.prefix.detach().to("cpu", base.dtype))
 
 
 def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:

@@ -14,7 +14,7 @@ from tiny import FAMILIES, VOCAB, Oracle, continuing, prompt, prompt_tokens, tin
 from transformers import DynamicCache
 
 from ppd_compose import PPDConfig, PromptTokens, compose
-from ppd_compose.adapter import CONFIG, TENSORS, read_adapter
+from ppd_compose.adapter import CONFIG, TENSORS, in_eight_bits, read_adapter
 from ppd_compose.cache import GENERATE_NAME, whole_context, with_cache
 from ppd_compose.distill import PromptRows
 from ppd_compose.identity import Identity
@@ -218,7 +218,7 @@ def test_training_goes_on_from_a_prefix(tmp_path):
     start = with_prefix(base, 2, columns=2)
     still = PromptRecipe(**{**vars(RECIPE), "steps": 1, "learning_rate": 1e-9})
     made = train_prompt_tokens(base, mine, mine[:1], still, tmp_path, start.embeddings, start.keys_values)
-    torch.testing.assert_close(made.prefix, start.keys_values)
+    torch.testing.assert_close(made.prefix, in_eight_bits(start.keys_values))
     wider = PromptRecipe(**{**vars(still), "prefix": 3})
     with pytest.raises(ValueError, match="start from a prefix of 2 columns, the recipe wants 3"):
         train_prompt_tokens(base, mine, mine[:1], wider, tmp_path, start.embeddings, start.keys_values)
@@ -265,6 +265,29 @@ def test_half_precision_stays_in_files(saved, tmp_path):
     again = PromptTokens.from_pretrained(tmp_path / "half")
     assert again.keys_values.dtype == again.embeddings.dtype == torch.bfloat16
     assert torch.equal(again.keys_values, half.keys_values)
+
+
+def test_a_prefix_of_eight_bits_takes_a_byte_a_number_in_files_and_nothing_is_lost(saved, tmp_path):
+    tokens, folder = saved
+    rounded = in_eight_bits(tokens.keys_values.bfloat16())
+    assert (rounded - tokens.keys_values).abs().max() < 0.0625 * tokens.keys_values.abs().max()
+    small = PromptTokens(tokens.embeddings, tokens.accuracy.tolist(), tokens.identity, prefix=rounded)
+    small.save_pretrained(tmp_path / "small")
+    saved_bytes = (folder / TENSORS).stat().st_size - (tmp_path / "small" / TENSORS).stat().st_size
+    assert abs(saved_bytes - 3 * rounded.numel()) < 100  # the headers differ by some characters
+    again = PromptTokens.from_pretrained(tmp_path / "small")
+    assert again.keys_values.dtype == torch.bfloat16
+    assert torch.equal(again.keys_values, rounded)
+    by_peft = PromptTokens.from_pretrained(PeftModel.from_pretrained(tiny(), tmp_path / "small"))
+    assert torch.equal(by_peft.keys_values, rounded.float())
+
+
+def test_what_is_trained_is_of_eight_bits(tmp_path):
+    base = tiny(dtype=torch.float32)
+    mine = replies(base)
+    made = train_prompt_tokens(base, mine, mine[:1], RECIPE, tmp_path)
+    assert torch.equal(in_eight_bits(made.prefix), made.prefix)
+    assert torch.isfinite(in_eight_bits(torch.tensor([1e9, -1e9]))).all()
 
 
 @pytest.mark.parametrize(
