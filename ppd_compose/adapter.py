@@ -193,12 +193,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name) for name in mine}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
-    sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in (*FLOATS, EIGHT_BITS)}
-    if (
-        len(mine) != len(sizes)
-        or tensors[SUFFIX].dtype == EIGHT_BITS
-        or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5})
-    ):
+    known = {SUFFIX: FLOATS, PREFIX: (*FLOATS, EIGHT_BITS)}
+    sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in known.get(name, ())}
+    if len(mine) != len(sizes) or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5}):
         raise ValueError(
             f"{path} must hold one matrix of floats named ...{SUFFIX}, and may hold a prefix of five dimensions named "
             f"...{PREFIX}, it holds {sorted(names)}"

@@ -35,8 +35,8 @@ class PromptRecipe(Recipe):
 @dataclass(frozen=True)
 class Trained:
     """Trained rows `[n, v, hidden]`, their prefix `[layers, 2, key heads, columns, head_dim]` where there is one, both
-    in the base's dtype and the latter of numbers that eight bits hold, and accuracies `[n][rank]`: how often the token at that distance was the guess of that rank, on
-    held-out replies."""
+    in the base's dtype and the latter of numbers that eight bits hold, and accuracies `[n][rank]`: how often the token
+    at that distance was the guess of that rank, on held-out replies."""
 
     embeddings: Tensor
     prefix: Tensor | None

@@ -5,6 +5,7 @@ import random
 import tracemalloc
 
 import pytest
+import torch
 from killed import killed
 from mutations import mutated_bytes, mutated_config, mutated_header
 from tiny import prompt_tokens, tiny
@@ -15,11 +16,11 @@ from ppd_compose.identity import Identity
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    made = prompt_tokens(3, 2)
-    PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(tiny()), {"steps": 3}).save_pretrained(folder)
+@pytest.fixture(scope="module", params=[None, torch.ones(3, 2, 2, 1, 8)], ids=["plain", "prefix"])
+def whole(request, tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("whole"), prompt_tokens(3, 2)
+    tokens = PromptTokens(made.embeddings, made.accuracy.tolist(), Identity.of(tiny()), {"steps": 3}, request.param)
+    tokens.save_pretrained(folder)
     return folder
 
 
