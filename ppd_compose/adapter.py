@@ -5,8 +5,7 @@ Knows the format and refuses what is not it. Nothing is unpickled or executed. D
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .identity import LARGEST, Identity
+from .identity import Identity
 from .paired import CARD, DIGEST, digest_of, kept_in, write_pair
+from .prefix import EIGHT_BITS, as_prefix, in_eight_bits
 from .reference import FILES as REFERENCE_FILES
 from .reference import TENSORS as REFERENCE_TENSORS
 from .reference import is_reference, read_reference
@@ -27,7 +27,6 @@ SUFFIX = "ppd_embeddings"
 PREFIX = f"{SUFFIX}_prefix"
 MOST = 256  # prompt tokens, or embeddings of each
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-EIGHT_BITS = torch.float8_e4m3fn  # of a prefix in a file, where its numbers are such
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,6 @@ def write_adapter(adapter: Adapter, folder: Path, card: str) -> None:
     write_pair({f"{place}.{name}": held for name, held in tensors.items()}, folder / TENSORS, config, CONFIG, card)
 
 
-def in_eight_bits(prefix: Tensor) -> Tensor:
-    """The nearest numbers that a file holds in eight bits each, in the dtype of `prefix`."""
-    most = torch.finfo(EIGHT_BITS).max
-    return prefix.clamp(-most, most).to(EIGHT_BITS).to(prefix.dtype)
-
-
 def read_adapter(
     source: str | Path, *, revision: str | None = None, token: str | None = None, subfolder: str = ""
 ) -> Adapter:
@@ -104,8 +97,6 @@ def read_adapter(
         config = _of_these_tensors(config, tensors, folder)
     n, v, accuracy, identity = _fields(folder / CONFIG, config)
     rows, prefix, promised = tensors[SUFFIX], tensors.get(PREFIX), config.get("prefix")
-    if prefix is not None and prefix.dtype == EIGHT_BITS:
-        prefix = prefix.bfloat16()
     if rows.shape != (n * v, identity.hidden_size):
         raise ValueError(
             f"{folder / TENSORS} holds {tuple(rows.shape)}, {CONFIG} promises {n} prompt tokens of {v} embeddings "
@@ -118,7 +109,7 @@ def read_adapter(
             f"{folder / TENSORS} holds a prefix of {read.prefix_shape}, {CONFIG} promises {promised!r:.60} in format "
             f"{config['format_version']}: the two files belong to different adapters"
         )
-    return read
+    return read if prefix is None else replace(read, prefix=as_prefix(prefix))
 
 
 def check_counts(n: object, v: object) -> None:
@@ -130,18 +121,9 @@ def check_counts(n: object, v: object) -> None:
             raise ValueError(f"{name} is more than {MOST}: no forward has so many rows")
 
 
-def check_prefix_shape(shape: object) -> None:
-    """Raise `ValueError` unless there can be a prefix of `shape`, or None."""
-    if shape is None:
-        return
-    sizes = shape if isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape) else []
-    if len(sizes) != 5 or sizes[1] != 2 or sizes[3] > MOST or math.prod(sizes) > LARGEST:
-        raise ValueError(f"a prefix must be [layers, 2, key heads, columns, head_dim], got {shape!r:.60}")
-
-
 def _of_these_tensors(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """The config that the tensors' file holds, where it is that of the rows and the one beside it is not: a save was
-    cut off. One that belongs to no rows in particular, such as PEFT's, otherwise stays."""
+    """The config that the tensors' file holds, where it is that of the tensors and the one beside it is not: a save
+    was cut off. One that belongs to no tensors in particular, such as PEFT's, otherwise stays."""
     kept = kept_in(folder / TENSORS, CONFIG)
     if kept.get(DIGEST) == digest_of(tensors):
         return _checked(kept, folder / TENSORS)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
-from torch import Tensor
 
 from .tree import Appended, TokenTree
 
@@ -75,15 +74,3 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     if not (appended.gains >= 0).all():
         raise MalformedDraft(who, "gains must be numbers of at least 0")
     return appended
-
-
-def check_prefix(prefix: object, drafter: str) -> Tensor:
-    """Return `prefix`, or raise `MalformedDraft` naming `drafter` and the fault."""
-    who = f"drafter {drafter!r}"
-    if not isinstance(prefix, Tensor) or not prefix.is_floating_point():
-        raise MalformedDraft(who, f"prefix must return a Tensor of floats or None, got {prefix!r:.60}")
-    if prefix.ndim != 5 or prefix.shape[1] != 2 or 0 in prefix.shape:
-        raise MalformedDraft(
-            who, f"a prefix is [layers, 2, key heads, columns, head_dim], none of them 0, got {tuple(prefix.shape)}"
-        )
-    return prefix

@@ -73,14 +73,19 @@ class Decoding:
         with recording(self.request.cache):
             self.forward = forward_of(self.model)  # only now, see `grouped`
             self.forward.lay_out(self.request.cache)
-            for source, prefix in self.plugins.prefixes().items():
-                put_in_front(self.request.cache, prefix)
-                self.context = self.context.behind(prefix.shape[3], source)
+            self.context = self.context.behind(self._put_prefixes())
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
             while not self.done:
                 self.advance()
         return self.sequence.all()
+
+    def _put_prefixes(self) -> tuple[tuple[int, int], ...]:
+        """Put the drafters' prefixes before the context, in one copy; the columns of each, and whose it is."""
+        prefixes = self.plugins.prefixes()
+        if prefixes:
+            put_in_front(self.request.cache, list(prefixes.values()))
+        return tuple((prefix.shape[3], source) for source, prefix in prefixes.items())
 
     def prefill(self) -> Verified:
         """Bring the prompt into the cache, in chunks where asked for; what the model says after its last token."""

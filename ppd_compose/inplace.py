@@ -5,7 +5,7 @@ Knows memory, how much of it counts, and columns in front of the context. Does n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,8 @@ class InPlaceLayer(DynamicLayer):
         self.front = 0  # columns of its memory before those of the context
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write them behind what counts, for which `make_room` has been called; all there is then, `[..., columns, _]`.
+        """Write them behind what counts, for which `make_room` has been called; all there is then but what is hidden,
+        `[..., columns, _]`.
 
         They count when `count` is told: a compiled forward changes tensors and nothing else.
         """
@@ -113,23 +114,21 @@ def count(cache: Cache, rows: int) -> None:
         extent.columns += rows
 
 
-def put_in_front(cache: Cache, prefix: Tensor) -> None:
-    """Put `prefix` `[layers, 2, key heads, columns, head_dim]` before all that the layers hold that are written in
-    place; a forward sees it like the context. Raises `ValueError` when it is one of other layers.
+def put_in_front(cache: Cache, prefixes: Sequence[Tensor]) -> None:
+    """Put `prefixes`, each `[layers, 2, key heads, columns, head_dim]`, one behind the other before all that the layers
+    hold that are written in place; a forward sees them like the context. Raises `ValueError` for one of other layers.
     """
     layers = in_place_layers(cache)
-    wanted = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
-    count_of, _, heads, columns, size = prefix.shape
-    if wanted != [(heads, size, size)] * count_of:
-        raise ValueError(
-            f"a prefix of {count_of} layers with {heads} heads of {size} numbers does not fit the {len(layers)} layers "
-            f"that keep the whole context, whose heads and numbers of keys and values are {sorted(set(wanted))}"
-        )
-    for layer, (keys, values) in zip(layers, prefix, strict=True):
+    for prefix in prefixes:
+        wanted = {(len(layers), 2, layer.keys.shape[1], prefix.shape[3], layer.keys.shape[3]) for layer in layers}
+        if wanted != {tuple(prefix.shape)}:
+            raise ValueError(f"a prefix of {tuple(prefix.shape)} does not fit a KV cache that takes {sorted(wanted)}")
+    whole = torch.cat(list(prefixes), dim=3)
+    for layer, (keys, values) in zip(layers, whole, strict=True):
         layer.move_behind(keys, values)
     for extent in _extents(cache):
-        extent.front += columns
-        extent.columns += columns
+        extent.front += whole.shape[3]
+        extent.columns += whole.shape[3]
 
 
 def hide_front(cache: Cache, hidden: bool) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoints import checkpoint, resume
-from .replies import Reply, evaluating
+from .modes import evaluating
+from .replies import Reply
 
 MAY_BE_ZERO = ("warmup", "prefix")  # of a recipe
 Module = TypeVar("Module", bound=nn.Module)

@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from .adapter import FORMAT, PREFIX, SUFFIX, WITH_PREFIX, Adapter, check_counts, check_prefix_shape
+from .adapter import FORMAT, PREFIX, SUFFIX, WITH_PREFIX, Adapter, check_counts
 from .identity import Identity
+from .prefix import check_prefix_shape
 
 NAME = "PPD"
 
@@ -53,8 +54,11 @@ class PPDConfig(PeftConfig):
             raise ValueError(
                 f"format_version is {self.format_version!r}, this version reads those up to {WITH_PREFIX}: upgrade"
             )
-        check_prefix_shape(self.prefix)
-        self.format_version = FORMAT if self.prefix is None else WITH_PREFIX
+        if self.prefix is not None:
+            check_prefix_shape(self.prefix)
+            self.format_version = WITH_PREFIX
+        elif self.format_version == WITH_PREFIX:
+            raise ValueError(f"format_version is {WITH_PREFIX}, that of rows with a prefix, but prefix is None")
         self.digest = None
         self.peft_type = _peft_type()
         self.task_type = self.task_type or "CAUSAL_LM"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import hookspecs
-from .check import check_prefix
+from .prefix import check_prefix
 
 DRAFTERS = hookspecs.PROJECT  # entry point group: name -> drafter class
 TRAINING = f"{hookspecs.PROJECT}.train"  # entry point group: name -> function with typer's options
@@ -80,7 +80,7 @@ class Plugins:
         """What rows that drafters append see before the sequence, by the drafters' bits."""
         bits = {name: 1 << i for i, name in enumerate(self.drafters)}
         callers = self.each_drafter("prefix")
-        return {bits[name]: check_prefix(told, name) for name, _, prefix in callers for told in prefix()}
+        return {bits[name]: check_prefix(told[0], name) for name, _, prefix in callers if (told := prefix())}
 
     def hooks_of(self, plugin: Any) -> list[str]:
         """Names of the hooks that `plugin` implements."""

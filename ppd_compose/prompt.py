@@ -21,6 +21,7 @@ from .hookspecs import hookimpl
 from .hub import Shared
 from .identity import Identity
 from .peft_method import adapter_in
+from .prefix import as_prefix, refuse_prefix
 from .reference import is_reference
 from .step import Answer, Step
 from .top import best_tokens
@@ -48,7 +49,8 @@ class PromptTokens(Shared):
             2101.00190, of the prompt tokens' rows alone).
 
     Raises:
-        ValueError: no embeddings, not finite, accuracies of another shape or outside 0 to 1, or a prefix of none.
+        ValueError: no embeddings, accuracies of another shape or outside 0 to 1, a prefix of another shape, or numbers
+            that are not finite.
     """
 
     name = "ppd"
@@ -63,14 +65,10 @@ class PromptTokens(Shared):
     ) -> None:
         if embeddings.ndim != 3 or 0 in embeddings.shape:
             raise ValueError(f"prompt tokens must be [n, v, hidden] with n, v >= 1, got {tuple(embeddings.shape)}")
-        if prefix is not None and (prefix.ndim != 5 or 0 in prefix.shape or prefix.shape[1] != 2):
-            raise ValueError(
-                f"a prefix must be [layers, 2, key heads, columns, head_dim], none of them 0, got {tuple(prefix.shape)}"
-            )
-        if not all(torch.isfinite(held).all() for held in (embeddings, prefix) if held is not None):
+        if not torch.isfinite(embeddings).all():
             raise ValueError("prompt tokens hold NaN or infinite values: the file is damaged or training diverged")
         self.embeddings = embeddings.detach()
-        self.keys_values = None if prefix is None else prefix.detach()
+        self.keys_values = None if prefix is None else as_prefix(prefix)
         self.identity, self.training = identity, dict(training or {})
         n = embeddings.shape[0]
         self.measured = accuracy is not None
@@ -128,11 +126,14 @@ class PromptTokens(Shared):
 
     @hookimpl
     def prepare(self, model: PreTrainedModel) -> None:
-        """Refuse a base of another width; warn when only its weights differ from those trained on."""
+        """Refuse a base of another width or with other layers; warn when only its weights differ from those trained
+        on."""
         base = Identity.of(model)
         if base.hidden_size != self.embeddings.shape[2]:
             trained = self.identity or f"a base of hidden size {self.embeddings.shape[2]}"
             raise ValueError(f"these prompt tokens were trained for {trained}; they cannot be used on {base}")
+        if self.keys_values is not None:
+            refuse_prefix(self.keys_values, model)
         if self.identity is None:
             return
         if base.vocab_size != self.identity.vocab_size:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import nn
 from transformers import PreTrainedModel
 
 from .identity import weights_digest
+from .modes import evaluating
 from .storage import write_text
 
 # Of a generation config what a greedy generation does not heed, or is given by the caller.
@@ -68,18 +68,6 @@ def own_replies(
             write_text(cache / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text)
             known |= dict(made)
     return [Reply(list(ids), known[tuple(ids)]) for ids in prompts]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; afterwards every module as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:

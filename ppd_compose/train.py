@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .adapter import in_eight_bits
-from .cache import whole_context, with_cache
 from .distill import Batch, Guessed, PromptRows
 from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
+from .prefix import in_eight_bits, prefix_shape
 from .replies import Reply
 
 RANKS = 10
@@ -49,25 +48,17 @@ def train_prompt_tokens(
     held_out: Sequence[Reply],
     recipe: PromptRecipe,
     checkpoints: Path,
-    start: Tensor | None = None,
-    start_prefix: Tensor | None = None,
+    start: PromptRows | None = None,
 ) -> Trained:
     """Distil `base` into prompt tokens on its own `replies`, resuming from the newest of `checkpoints`.
 
-    Training begins at `start` `[n, v, hidden]`, or near the mean of the base's embeddings, and at `start_prefix`, or at
-    a prefix that says nothing.
+    Training begins at `start`, or where `first_rows` says, which see for what is refused.
 
     The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
     recipe, replies and machine give the same rows, whether or not the run was interrupted.
-    Raises `ValueError` when no reply, or none held out, is long enough, `start` has another shape than the recipe, or
-    the recipe asks for a prefix and no layer of the base keeps the whole context.
+    Raises `ValueError` when no reply, or none held out, is long enough.
     """
-    shape = (recipe.num_prompt_tokens, recipe.ensemble)
-    if start is not None and start.shape[:2] != shape:
-        raise ValueError(f"training was to start from {tuple(start.shape[:2])} embeddings, the recipe wants {shape}")
-    if start_prefix is not None and start_prefix.shape[3] != recipe.prefix:
-        have = start_prefix.shape[3]
-        raise ValueError(f"training was to start from a prefix of {have} columns, the recipe wants {recipe.prefix}")
+    rows = first_rows(base, recipe) if start is None else start
     recipe = within_window(recipe, base, recipe.num_prompt_tokens)
     mine = usable(replies, recipe, recipe.num_prompt_tokens)
     usable(held_out, recipe, recipe.num_prompt_tokens)  # else all accuracies, which gains are made of, would be 0
@@ -78,9 +69,7 @@ def train_prompt_tokens(
         return guessed.told()
 
     with frozen(base):
-        first = initial_embeddings(base, recipe) if start is None else start
-        prefix = initial_prefix(base, recipe) if start_prefix is None else start_prefix
-        rows = run(PromptRows(first, prefix).to(base.device), recipe, checkpoints, mine, step)
+        rows = run(rows.to(base.device), recipe, checkpoints, mine, step)
         embeddings, prefix = _as_stored(rows, base)
         rows = PromptRows(embeddings, prefix).to(base.device)
         return Trained(embeddings, prefix, evaluate(base, rows, held_out, recipe))
@@ -93,6 +82,27 @@ def _as_stored(rows: PromptRows, base: Any) -> tuple[Tensor, Tensor | None]:
     return embeddings, None if rows.prefix is None else in_eight_bits(rows.prefix.detach().to("cpu", base.dtype))
 
 
+def first_rows(
+    base: Any, recipe: PromptRecipe, embeddings: Tensor | None = None, prefix: Tensor | None = None
+) -> PromptRows:
+    """Where a training begins: at `embeddings` `[n, v, hidden]`, else near the mean of the base's, and at `prefix`
+    `[layers, 2, key heads, columns, head_dim]`, else at one that says nothing.
+
+    Raises `ValueError` when either has another shape than the recipe, or the base takes no prefix.
+    """
+    shape = (recipe.num_prompt_tokens, recipe.ensemble)
+    if embeddings is not None and embeddings.shape[:2] != shape:
+        raise ValueError(
+            f"training was to start from {tuple(embeddings.shape[:2])} embeddings, the recipe wants {shape}"
+        )
+    if prefix is not None and prefix.shape[3] != recipe.prefix:
+        raise ValueError(f"training was to start from a prefix of {prefix.shape[3]}, the recipe wants {recipe.prefix}")
+    return PromptRows(
+        initial_embeddings(base, recipe) if embeddings is None else embeddings,
+        initial_prefix(base, recipe) if prefix is None else prefix,
+    )
+
+
 def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:
     """Rows near the mean of the base's embeddings `[n, v, hidden]` float32, from the seed alone."""
     weight: Tensor = base.get_input_embeddings().weight.detach().float().cpu()
@@ -101,28 +111,18 @@ def initial_embeddings(base: Any, recipe: PromptRecipe) -> Tensor:
     return weight.mean(0) + 0.1 * weight.std() * noise
 
 
-@torch.no_grad()
 def initial_prefix(base: Any, recipe: PromptRecipe) -> Tensor | None:
     """Small keys and no values for the layers that keep the whole context `[layers, 2, key heads, recipe.prefix,
     head_dim]` float32, from the seed alone; None where the recipe asks for none.
 
-    Raises `ValueError` for a base without such layers, or whose layers differ in heads or sizes.
+    Raises `ValueError` for a base that takes no prefix.
     """
     if not recipe.prefix:
         return None
-    cache = DynamicCache(config=base.config)
-    base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), **with_cache(base, cache))
-    layers = whole_context(cache)
-    shapes = {(states.shape[1], states.shape[3]) for layer in layers for states in (layer.keys, layer.values)}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"{type(base).__name__} has {len(layers)} layers that keep the whole context, with heads and sizes "
-            f"{sorted(shapes)}: a prefix wants some, all alike; train with prefix=0"
-        )
-    heads, size = shapes.pop()
     dice = torch.Generator("cpu").manual_seed(recipe.seed)
-    keys = 0.5 * torch.randn(len(layers), heads, recipe.prefix, size, generator=dice, device="cpu")
-    return torch.stack([keys, torch.zeros_like(keys)], dim=1)
+    prefix = 0.5 * torch.randn(prefix_shape(base, recipe.prefix), generator=dice, device="cpu")
+    prefix[:, 1] = 0.0
+    return prefix
 
 
 def make_batch(replies: Sequence[Reply], recipe: PromptRecipe, number: int) -> Batch:

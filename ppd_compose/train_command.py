@@ -22,7 +22,10 @@ def command(
     num_prompt_tokens: Annotated[int, typer.Option(help="n: how many tokens ahead are guessed.")] = 3,
     ensemble: Annotated[int, typer.Option(help="v: embeddings of each prompt token.")] = 1,
     prefix: Annotated[
-        int, typer.Option(help="Keys and values of each layer that prompt tokens alone see; 0 for none.")
+        int,
+        typer.Option(
+            help="Keys and values of each layer that keeps the whole context, which prompt tokens alone see; 0 for none."
+        ),
     ] = 1,
     steps: options.StepsOption = 1500,
     batch_size: options.BatchOption = 1,

@@ -24,7 +24,7 @@ from .prompts import Prompt, encode
 from .replies import Reply, own_replies
 from .sources import read_object
 from .storage import cache_folder
-from .train import PromptRecipe, train_prompt_tokens
+from .train import PromptRecipe, first_rows, train_prompt_tokens
 
 CONFIG = "config.json"
 MARK = "ppd_compose"  # what our configurations hold
@@ -55,10 +55,11 @@ def train_ppd(
     checkpoints = checkpoints_in(out)
     if start is not None:
         start.prepare(base)
+    begun = () if start is None else (start.embeddings, start.keys_values)
+    rows = first_rows(base, recipe, *begun)  # before replies are made: it may be refused
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
-    begun = () if start is None else (start.embeddings, start.keys_values)
-    trained = train_prompt_tokens(base, replies, held, recipe, checkpoints, *begun)
+    trained = train_prompt_tokens(base, replies, held, recipe, checkpoints, rows)
     identity = Identity.of(base)
     identity = replace(identity, name=base_name or identity.name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)

@@ -38,9 +38,9 @@ class Context:
         """The same with `tokens` more columns."""
         return replace(self, visible=torch.cat([self.visible, self.visible.new_ones(tokens)]))
 
-    def behind(self, columns: int, source: int) -> Context:
-        """The same behind a prefix of `columns` columns, which appended rows of `source` see."""
-        return replace(self, prefixes=((columns, source), *self.prefixes))
+    def behind(self, prefixes: tuple[tuple[int, int], ...]) -> Context:
+        """The same behind `prefixes`."""
+        return replace(self, prefixes=prefixes)
 
 
 @dataclass(frozen=True)

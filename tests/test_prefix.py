@@ -1,6 +1,7 @@
 """Prefixes: keys and values before the sequence that appended rows alone see; in decoding, training and files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from test_train import replies
 from tiny import FAMILIES, VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from transformers import DynamicCache
 
-from ppd_compose import PPDConfig, PromptTokens, compose
-from ppd_compose.adapter import CONFIG, TENSORS, in_eight_bits, read_adapter
+from ppd_compose import PPDConfig, PromptTokens, compose, hookimpl
+from ppd_compose.adapter import CONFIG, TENSORS, read_adapter
 from ppd_compose.cache import GENERATE_NAME, whole_context, with_cache
 from ppd_compose.distill import PromptRows
 from ppd_compose.identity import Identity
-from ppd_compose.train import PromptRecipe, initial_prefix, make_batch, train_prompt_tokens
+from ppd_compose.prefix import in_eight_bits
+from ppd_compose.train import PromptRecipe, first_rows, initial_prefix, make_batch, train_prompt_tokens
+from ppd_compose.train_job import train_ppd
 
 WHOLE = [pair for pair in PAIRS if pair[0] != "mistral"]  # all its layers have windows
 RECIPE = PromptRecipe(num_prompt_tokens=2, prefix=2, steps=40, points=8, learning_rate=3e-2, warmup=1)
@@ -122,20 +125,56 @@ def test_a_call_that_is_broken_off_leaves_the_cache_as_it_was_said():
         torch.testing.assert_close(mine.values, theirs.values)
 
 
-def test_a_prefix_of_other_layers_is_refused_and_the_cache_stays():
+@pytest.mark.parametrize("other", ["layers", "heads", "sizes"])
+def test_a_prefix_for_another_base_is_refused_by_compose(other):
+    fits = with_prefix(tiny())
+    states = {"layers": fits.keys_values[:2], "heads": fits.keys_values[:, :, :1], "sizes": fits.keys_values[..., :4]}
+    tokens = PromptTokens(fits.embeddings, prefix=states[other])
+    with pytest.raises(ValueError, match="this prefix was made for another base"):
+        compose(tiny(), tokens)
+    with pytest.raises(ValueError, match="this prefix was made for another base"):
+        compose(tiny(), DraftModel(tiny(seed=1), prompt_tokens=tokens))
+    with pytest.raises(ValueError, match="this prefix was made for another base"):
+        train_ppd(tiny(), None, [], Path("out"), PromptRecipe(prefix=2), start=tokens)
+
+
+def test_composing_with_a_prefix_changes_nothing_of_the_base():
+    base = tiny().train()
+    fits = with_prefix(tiny())
+    state = torch.get_rng_state()
+    compose(base, fits)
+    assert base.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_drafter_s_own_prefix_of_other_layers_is_refused_and_the_cache_stays():
+    class Wrong:
+        name = "wrong"
+
+        @hookimpl
+        def prefix(self):
+            return torch.zeros(2, 2, 2, 1, 8)
+
     base = tiny()
-    fits = with_prefix(base)
-    other = PromptTokens(fits.embeddings, prefix=fits.keys_values[:2])
     cache = DynamicCache(config=base.config)
-    with pytest.raises(ValueError, match="a prefix of 2 layers with 2 heads of 8 numbers does not fit"):
-        greedy(compose(base, other, budget=8), prompt(), **{GENERATE_NAME: cache})
+    with pytest.raises(ValueError, match=r"a prefix of \(2, 2, 2, 1, 8\) does not fit"):
+        greedy(compose(base, with_prefix(base), Wrong(), budget=8), prompt(), **{GENERATE_NAME: cache})
     assert {layer.keys.shape[-2] for layer in cache.layers} == {12}
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 2, 4), (3, 1, 2, 2, 8), (3, 2, 2, 0, 8)])
+@pytest.mark.parametrize("shape", [(3, 2, 2, 4), (3, 1, 2, 2, 8), (3, 2, 2, 0, 8), (3, 2, 2, 300, 8)])
 def test_what_is_no_prefix_is_refused(shape):
     with pytest.raises(ValueError, match="a prefix must be"):
         PromptTokens(torch.zeros(1, 1, 32), prefix=torch.zeros(shape))
+
+
+def test_a_prefix_may_be_of_eight_bits_but_not_of_whole_numbers():
+    states = torch.ones(3, 2, 2, 1, 8)
+    assert (
+        PromptTokens(torch.zeros(1, 1, 32), prefix=states.to(torch.float8_e4m3fn)).keys_values.dtype == torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="a Tensor of floats"):
+        PromptTokens(torch.zeros(1, 1, 32), prefix=states.long())
 
 
 def test_a_prefix_of_nan_is_refused():
@@ -164,14 +203,6 @@ def test_a_draft_model_with_a_prefix_leaves_the_tokens_as_they_are(family):
     base, draft = tiny(family), tiny(family, seed=1)
     drafter = DraftModel(draft, depth=4, width=2, prompt_tokens=with_prefix(draft, 2))
     assert torch.equal(greedy(compose(base, drafter, budget=24), prompt()), greedy(base, prompt()))
-
-
-def test_a_draft_model_refuses_a_prefix_of_other_layers():
-    draft = tiny(seed=1)
-    fits = with_prefix(draft)
-    other = PromptTokens(fits.embeddings, prefix=fits.keys_values[:2])
-    with pytest.raises(ValueError, match="one of 2 layers, of the draft model's 3 keep the whole context"):
-        compose(tiny(), DraftModel(draft, prompt_tokens=other))
 
 
 # Training
@@ -217,17 +248,21 @@ def test_training_goes_on_from_a_prefix(tmp_path):
     mine = replies(base)
     start = with_prefix(base, 2, columns=2)
     still = PromptRecipe(**{**vars(RECIPE), "steps": 1, "learning_rate": 1e-9})
-    made = train_prompt_tokens(base, mine, mine[:1], still, tmp_path, start.embeddings, start.keys_values)
+    made = train_prompt_tokens(
+        base, mine, mine[:1], still, tmp_path, first_rows(base, still, start.embeddings, start.keys_values)
+    )
     torch.testing.assert_close(made.prefix, in_eight_bits(start.keys_values))
     wider = PromptRecipe(**{**vars(still), "prefix": 3})
-    with pytest.raises(ValueError, match="start from a prefix of 2 columns, the recipe wants 3"):
-        train_prompt_tokens(base, mine, mine[:1], wider, tmp_path, start.embeddings, start.keys_values)
+    with pytest.raises(ValueError, match="start from a prefix of 2, the recipe wants 3"):
+        first_rows(base, wider, start.embeddings, start.keys_values)
 
 
 def test_a_base_of_windows_alone_learns_no_prefix(tmp_path):
     base = tiny("mistral", dtype=torch.float32)
-    with pytest.raises(ValueError, match="0 layers that keep the whole context"):
+    with pytest.raises(ValueError, match=r"takes no prefix: 0 of its layers .* \(--prefix 0\)"):
         train_prompt_tokens(base, replies(base), replies(base, 1), RECIPE, tmp_path)
+    with pytest.raises(ValueError, match="takes no prefix"):  # before the prompts are looked at
+        train_ppd(base, None, [], tmp_path / "out", RECIPE)
 
 
 def test_a_recipe_of_a_negative_prefix_is_refused():
@@ -340,3 +375,11 @@ def test_peft_makes_a_prefix_that_is_trained_beside_the_rows(name, tmp_path):
 def test_a_configuration_of_no_prefix_is_refused(shape):
     with pytest.raises(ValueError, match="a prefix must be"):
         PPDConfig(prefix=shape)
+
+
+def test_peft_reads_no_rows_without_the_prefix_that_belongs_to_them(saved):
+    _, folder = saved
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "prefix": None}))
+    with pytest.raises(ValueError, match="format_version is 2, that of rows with a prefix"):
+        PeftModel.from_pretrained(tiny(), folder)

@@ -21,7 +21,7 @@ from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.identity import weights_digest
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
-from ppd_compose.train import PromptRecipe, make_batch, train_prompt_tokens
+from ppd_compose.train import PromptRecipe, first_rows, make_batch, train_prompt_tokens
 from ppd_compose.train_job import refuse_out, split_replies, train_ppd
 
 RECIPE = PromptRecipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_beginning_is_refused(tmp_path, other):
     if other == "prompts":
         mine = mine[1:]
     if other == "start":
-        start = torch.zeros(2, 2, 32)
+        start = PromptRows(torch.zeros(2, 2, 32))
     with pytest.raises(ValueError, match="another base, other prompts, another start"):
         train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path, start)
 
@@ -369,11 +369,12 @@ def test_training_goes_on_from_given_rows(tmp_path):
     mine = replies(base)
     first = trained(base, tmp_path / "first")
     still = PromptRecipe(**{**vars(RECIPE), "learning_rate": 1e-12})
-    again = train_prompt_tokens(base, mine[:-1], mine[-1:], still, tmp_path / "again", first.embeddings)
+    start = first_rows(base, still, first.embeddings)
+    again = train_prompt_tokens(base, mine[:-1], mine[-1:], still, tmp_path / "again", start)
     torch.testing.assert_close(again.embeddings, first.embeddings)
     other = PromptRecipe(**{**vars(RECIPE), "num_prompt_tokens": 3})
     with pytest.raises(ValueError, match=r"start from \(2, 2\) embeddings, the recipe wants \(3, 2\)"):
-        train_prompt_tokens(base, mine, [], other, tmp_path / "other", first.embeddings)
+        first_rows(base, other, first.embeddings)
 
 
 def test_weights_that_are_kept_as_whole_numbers_tell_models_apart():

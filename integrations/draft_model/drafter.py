@@ -18,7 +18,7 @@ from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.hub import Shared
 
 from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
-from .fitting import compare_vocabularies, refuse_draft, refuse_prefix
+from .fitting import compare_vocabularies, refuse_draft
 from .growth import Growth
 from .reading import Reading
 from .shared import shared_token, usual_depth
@@ -142,13 +142,12 @@ class DraftModel(Shared):
         compare_vocabularies(self.model, model, self.tokenizer)
         if self.prompt_tokens is not None:
             self.prompt_tokens.prepare(self.model)
-            refuse_prefix(self.prompt_tokens.keys_values, self.model)
         if self.follows:
             cast(Any, self.model).to(model.device)
 
     @hookimpl
     def start(self, step: Step) -> None:
-        """Nothing is read yet: the prompt is read with the first draft."""
+        """No token is read yet: the prompt is read with the first draft."""
         prefix = None if self.prompt_tokens is None else self.prompt_tokens.keys_values
         step.memory[self] = Reading(self.model, self._prompts(), step.vocab_size, self.width, prefix)
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.cache import refuse_cache
@@ -29,18 +27,6 @@ def refuse_draft(draft: PreTrainedModel) -> None:
         refuse_cache(DynamicCache(config=draft.config), draft)
     except (TypeError, ValueError) as error:
         raise type(error)(f"the draft model cannot draft: {error}") from None
-
-
-def refuse_prefix(prefix: Tensor | None, draft: PreTrainedModel) -> None:
-    """Raise `ValueError` for a prefix of prompt tokens `[layers, ...]` that is one of other layers than the draft
-    model's."""
-    layers: list[Any] = list(DynamicCache(config=draft.config).layers)
-    whole = sum(not layer.is_sliding for layer in layers)
-    if prefix is not None and len(prefix) != whole:
-        raise ValueError(
-            f"the prefix of these prompt tokens is one of {len(prefix)} layers, of the draft model's {whole} keep the "
-            "whole context: take prompt tokens that were trained for it"
-        )
 
 
 def compare_vocabularies(

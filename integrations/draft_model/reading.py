@@ -144,7 +144,7 @@ class Reading:
         columns = torch.cat([torch.arange(-self.length, 0, device="cpu"), depths])
         see = torch.cat([see.new_ones(len(rows) - old, self.length), see[old:]], dim=1)
         apart = depths[old:, None] - columns
-        front = (torch.arange(len(see)) >= len(see) - prompts)[:, None].expand(-1, self.front)
+        front = (torch.arange(len(see), device="cpu") >= len(see) - prompts)[:, None].expand(-1, self.front)
         masks = {
             "full_attention" if window is None else "sliding_attention": attention_mask(
                 self.model, (torch.cat([front, see], dim=1) if window is None else see & (apart < window))[None, None]
