@@ -73,7 +73,8 @@ def prefix_shape(model: Any, columns: int) -> tuple[int, int, int, int, int]:
     if len(shapes) != 1:
         raise ValueError(
             f"{type(model).__name__} takes no prefix: {len(layers)} of its layers keep the whole context, with heads "
-            f"and sizes {sorted(shapes)}, and they must be some, all alike; train prompt tokens with prefix=0 (--prefix 0)"
+            f"and sizes {sorted(shapes)}, and they must be some, all alike; train prompt tokens with prefix=0 "
+            "(--prefix 0)"
         )
     heads, size = shapes.pop()
     return len(layers), 2, heads, columns, size

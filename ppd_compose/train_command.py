@@ -24,7 +24,7 @@ def command(
     prefix: Annotated[
         int,
         typer.Option(
-            help="Keys and values of each layer that keeps the whole context, which prompt tokens alone see; 0 for none."
+            help="Keys and values of each layer with the whole context, which prompt tokens alone see; 0: none."
         ),
     ] = 1,
     steps: options.StepsOption = 1500,
