@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,7 +26,6 @@ from .checkpoints import checkpoint, resume
 from .modes import evaluating
 from .replies import Reply
 
-MAY_BE_ZERO = ("warmup", "prefix")  # of a recipe
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -43,10 +42,11 @@ class Recipe:
     decay: float = 0.8  # of the loss with every further distance
     seed: int = 0
     checkpoint_every: int = 100
+    may_be_zero: ClassVar[tuple[str, ...]] = ("warmup",)
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in MAY_BE_ZERO else 1
+            least = 0 if name in self.may_be_zero else 1
             if isinstance(value, int) and value < least and name != "seed":
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class PromptRecipe(Recipe):
     num_prompt_tokens: int = 3
     ensemble: int = 1
     prefix: int = 0  # keys and values of each layer that prompt tokens alone see
+    may_be_zero: ClassVar[tuple[str, ...]] = (*Recipe.may_be_zero, "prefix")
 
 
 @dataclass(frozen=True)

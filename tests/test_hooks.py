@@ -191,20 +191,27 @@ def test_hook_extend():
     assert set(model.stats.accepted["agrees"]) == {2}  # the root is nobody's
 
 
-def test_hook_append():
-    class Hangs:
-        """One row below every node, with the embedding of a token: its answer is what the model says after it."""
+class Hanging:
+    """One row below every node, with the embedding of token 5."""
 
-        name = "hangs"
+    name = "hangs"
+
+    def __init__(self, model):
+        self.row = model.get_input_embeddings().weight[5:6].detach()
+
+    @hookimpl
+    def append(self, tree):
+        nodes = np.arange(len(tree))
+        return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(tree)))
+
+
+def test_hook_append():
+    class Hangs(Hanging):
+        """Its answer is what the model says after the token."""
 
         def __init__(self, model):
-            self.row = model.get_input_embeddings().weight[5:6].detach()
+            super().__init__(model)
             self.answers = []
-
-        @hookimpl
-        def append(self, tree):
-            nodes = np.arange(len(tree))
-            return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(tree)))
 
         @hookimpl
         def observe(self, step):
@@ -223,27 +230,20 @@ def test_hook_append():
 def test_hook_prefix():
     """Rows of the drafter that has it see it, and nobody else does: its own values decide what they answer."""
 
-    class Hangs:
-        name = "hangs"
-
-        def __init__(self, row, prefix):
-            self.row, self.states, self.told = row, prefix, []
+    class Hangs(Hanging):
+        def __init__(self, model, prefix):
+            super().__init__(model)
+            self.states, self.told = prefix, []
 
         @hookimpl
         def prefix(self):
             return self.states
 
         @hookimpl
-        def append(self, tree):
-            nodes = np.arange(len(tree))
-            return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(tree)))
-
-        @hookimpl
         def observe(self, step):
             self.told += [answer.logits[:1] for answer in step.answers.values() if len(answer.kinds)]
 
-    row = tiny().get_input_embeddings().weight[5:6].detach()
-    without, other = Hangs(row, None), Hangs(row, torch.ones(3, 2, 2, 1, 8))
+    without, other = Hangs(tiny(), None), Hangs(tiny(), torch.ones(3, 2, 2, 1, 8))
     for hangs in (without, other):
         _, out = run(tiny(), Oracle(answer()), hangs)
         assert out[0].tolist() == answer(12)
