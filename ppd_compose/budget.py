@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,14 @@ class Budget:
     def curve(self, context: int) -> Floats:
         """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`."""
         at = np.interp(context, self.contexts, np.arange(len(self.contexts)))
-        low, high = self.seconds[int(at)], self.seconds[min(int(at) + 1, len(self.contexts) - 1)]
-        mixed = np.asarray(low) + (at - int(at)) * (np.asarray(high) - np.asarray(low))
-        curve: Floats = np.interp(np.arange(1, self.rows[-1] + 1), self.rows, mixed)
+        low, high = self._curves[int(at)], self._curves[min(int(at) + 1, len(self.contexts) - 1)]
+        curve: Floats = low + (at - int(at)) * (high - low)
         return curve
+
+    @cached_property
+    def _curves(self) -> Floats:
+        """The same `[contexts, max rows]`, at the contexts named."""
+        return np.stack([np.interp(np.arange(1, self.max_rows + 1), self.rows, row) for row in self.seconds])
 
     def corrected(self, ratios: Mapping[int, float]) -> Budget:
         """The same where forwards of some numbers of rows take `ratios` times what it says; between those numbers the

@@ -116,6 +116,7 @@ class Decoding:
     def advance(self) -> None:
         """One step: draft, one forward, and take what the model says."""
         tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
+        self.step.answers = {}  # so that the last forward's logits are gone before there are new ones
         begin = time.perf_counter()
         with self.stats.stage("verify"):
             verified = verify(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .hookspecs import hookimpl
-from .logit import ConditionalLogit
+from .logit import ConditionalLogit, shares
 from .step import Step
 from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
 
@@ -82,13 +82,13 @@ class Evidence:
     def merge(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
         """Every path of every drafter once, with the pooled chance of the whole path."""
         tokens, parents, places = joined(trees)
-        claims, sources = np.full((len(tokens), len(self.drafters)), np.nan), np.zeros(len(tokens), np.int64)
+        claims, sources = np.full((len(tokens), len(self.drafters)), -np.inf), np.zeros(len(tokens), np.int64)
         for tree, at in zip(trees, places, strict=True):
             mine = np.flatnonzero(tree.sources)
             if len(mine):
                 drafter = int(tree.sources[mine[0]]).bit_length() - 1
                 paths = np.maximum(tree.log_probs, NEVER)
-                claims[at[mine], drafter] = paths[mine] - paths[tree.parents[mine]]
+                claims[at[mine], drafter] = np.minimum(paths[mine] - paths[tree.parents[mine]], 0.0)
                 sources[at] |= tree.sources
         features, depths = self._features(claims, parents), np.minimum(row_depths(parents), DEPTHS)
         log_probs = self._pooled(features, parents, depths)
@@ -107,36 +107,35 @@ class Evidence:
         group = np.full(len(heard.tree) + 1, -1)
         group[path[: len(step.path)]] = np.arange(min(len(path), len(step.path)))
         group = group[heard.tree.parents]
-        right = np.isin(np.arange(len(group)), path)
+        right = np.zeros(len(group), bool)
+        right[path] = True
         for depth, learner in enumerate(self.learners, 1):
             among = np.flatnonzero((group >= 0) & (heard.depths == depth))
             if len(among):
-                _, choice = np.unique(group[among], return_inverse=True)
-                learner.learn(heard.features[among], choice, right[among])
+                # The first of these choices is below the node of the path at `depth - 1`, and none is left out.
+                learner.learn(heard.features[among], group[among] - (depth - 1), right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
         """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best
         guess there; then, did several name it."""
-        named: Bools = ~np.isnan(claims)
+        named: Bools = claims > -np.inf
         above = np.maximum(parents, 0)
-        mass = np.zeros_like(claims)
-        np.add.at(mass, above, np.exp(claims, where=named, out=np.zeros_like(claims)))
-        odds = np.clip(claims, FAINTEST, 0) - np.log(np.clip(1 - mass, LEAST, 1))[above]
-        spoke = (mass > 0)[above]
-        highest = np.full_like(claims, -np.inf)
-        np.fmax.at(highest, above, claims)
-        best = named & (claims == highest[above])
-        several = named.sum(1) > 1
-        each = np.stack([named, np.where(named, odds, 0.0), spoke & ~named, best], 2).reshape(len(claims), -1)
-        return np.column_stack([each, several])
+        mass, highest = np.zeros_like(claims), np.full_like(claims, -np.inf)
+        np.add.at(mass, above, np.exp(claims))
+        np.maximum.at(highest, above, claims)
+        features = np.empty((len(claims), 4 * claims.shape[1] + 1))
+        features[:, 0:-1:4] = named
+        features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.clip(1 - mass, LEAST, 1))[above])
+        features[:, 2:-1:4] = (mass > 0)[above] & ~named
+        features[:, 3:-1:4] = named & (claims == highest[above])
+        features[:, -1] = named.sum(1) > 1
+        return features
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:
         """Log of the chance of each path `[nodes]`."""
-        chances = np.ones(len(parents))
-        for depth, learner in enumerate(self.learners, 1):
-            mine = np.flatnonzero(depths == depth)
-            if len(mine):
-                chances[mine] = learner.chances(features[mine], parents[mine])
+        weights = np.stack([learner.weights for learner in self.learners])
+        scores = (features[1:] * weights[depths[1:] - 1]).sum(1)
+        chances = np.append(1.0, shares(scores, parents[1:]))
         return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
 
 

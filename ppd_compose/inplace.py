@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 256  # tokens by which the memory grows
+ROOM = 128  # tokens by which the memory grows
 
 
 @dataclass

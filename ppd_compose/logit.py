@@ -54,12 +54,7 @@ class ConditionalLogit:
             features: `[alternatives, features]`.
             group: `[alternatives]`, which choice each belongs to, numbered from 0.
         """
-        scores = features @ self.weights
-        highest = np.zeros(group.max(initial=0) + 1)  # that of none of them, or of the best
-        np.maximum.at(highest, group, scores)
-        strengths = np.exp(scores - highest[group])
-        chances: Floats = strengths / (np.exp(-highest) + np.bincount(group, strengths, len(highest)))[group]
-        return chances
+        return shares(features @ self.weights, group)
 
     def learn(self, features: Floats, group: Ints, happened: Bools) -> None:
         """Take up choices, in each of which at most one alternative `happened` `[alternatives]`; the rest as in
@@ -74,3 +69,13 @@ class ConditionalLogit:
         change = np.linalg.solve(self.information + STEADY * np.eye(len(slope)), slope)
         # The curvature holds nearby only: no alternative's log-odds may move far at once.
         self.weights = self.weights + change * min(1.0, FARTHEST / max(np.abs(features @ change).max(), 1e-9))
+
+
+def shares(scores: Floats, group: Ints) -> Floats:
+    """Chance of each alternative `[alternatives]` of these `scores`, given those of the same choice; `group` tells
+    which choice each belongs to, numbered from 0."""
+    highest = np.zeros(group.max(initial=0) + 1)  # that of none of them, or of the best
+    np.maximum.at(highest, group, scores)
+    strengths = np.exp(scores - highest[group])
+    chances: Floats = strengths / (np.exp(-highest) + np.bincount(group, strengths, len(highest)))[group]
+    return chances

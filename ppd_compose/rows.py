@@ -17,7 +17,8 @@ from .step import Step
 from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_parents
 from .worth import Worth, added
 
-SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are
+SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are, in fours where they are more than
+FEW = 12
 FORGET = 0.98  # how much of the past counts after each step, in the running tokens per second
 
 
@@ -85,8 +86,7 @@ class BestRows:
         values = _capped(stacked_parents(tree, appended), np.concatenate([np.exp(tree.log_probs), *gains]))
         best = np.argsort(-values, kind="stable")[: len(pace.curve)]
         net = np.cumsum(values[best]) - pace.rate * pace.curve[: len(best)]
-        # Kernels are made and kept for every number of rows, a megabyte or more each: few sizes keep the memory low.
-        sizes = np.append(SIZES[: np.searchsorted(SIZES, len(best))], len(best))
+        sizes = _sizes(len(best))
         keep = np.sort(best[: sizes[np.argmax(net[sizes - 1])]])
         nodes = depth_first(tree, keep[keep < len(tree)])
         fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
@@ -115,6 +115,13 @@ class BestRows:
             if name in step.drafting:
                 self.asked[name].judge(step.drafting[name], gain, pace.rate, forward, drafters)
                 pace.drafting += self.asked[name].typical
+
+
+def _sizes(rows: int) -> Ints:
+    """The sizes that a forward may have where there are `rows` rows. Kernels are made and kept for each, of some four
+    megabytes from twelve rows on, so that few sizes keep the memory low."""
+    most = rows if rows < FEW else rows - rows % 4
+    return np.append(SIZES[: np.searchsorted(SIZES, most)], most)
 
 
 def _capped(parents: Ints, values: Floats) -> Floats:

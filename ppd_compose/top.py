@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor, nn
 
-BLOCK = 256  # entries of the vocabulary that are searched together
+BLOCK = 128  # entries of the vocabulary that are searched together
 
 
 def best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

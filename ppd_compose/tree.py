@@ -163,10 +163,10 @@ def depth_first(tree: TokenTree, nodes: Ints) -> Ints:
 
 def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:
     """Tree and appended blocks without the rows deeper than `depth`."""
-    parents = stacked_parents(tree, appended)
-    if len(parents) <= depth:
+    depths = row_depths(stacked_parents(tree, appended))
+    if depths.max() <= depth:
         return tree, appended
-    return cut(tree, appended, np.flatnonzero(row_depths(parents) <= depth))
+    return cut(tree, appended, np.flatnonzero(depths <= depth))
 
 
 def row_depths(parents: Ints) -> Ints:

@@ -124,6 +124,8 @@ def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended], idle:
 
 def _in_front(context: Context, tree: TokenTree, appended: Sequence[Appended], idle: int) -> Tensor:
     """Which rows see which columns of the prefixes, bool `[rows, columns]`: of a tree and idle ones none does."""
+    if not context.prefixes:
+        return torch.zeros(len(tree) + sum(map(len, appended)) + idle, 0, dtype=torch.bool, device="cpu")
     owners = np.repeat([source for _, source in context.prefixes], [columns for columns, _ in context.prefixes])
     blocks = [np.full(len(rows), rows.source) for rows in appended]
     sources = np.concatenate([np.zeros(len(tree), np.int64), *blocks, np.zeros(idle, np.int64)])

@@ -227,6 +227,24 @@ def test_hook_append():
         torch.testing.assert_close(logits[0], expected)
 
 
+def test_answers_are_gone_before_the_next_forward():
+    """Its logits and the last one's are a good part of what a generation needs of memory."""
+    told, left = [], []
+
+    class Watches(Hanging):
+        @hookimpl(tryfirst=True)
+        def accept(self, step):
+            left.append(list(step.answers))
+
+        @hookimpl
+        def observe(self, step):
+            told.append(len(step.answers))
+
+    run(tiny(), Watches(tiny()))
+    assert sum(told) > 2
+    assert not any(left)
+
+
 def test_hook_prefix():
     """Rows of the drafter that has it see it, and nobody else does: its own values decide what they answer."""
 

@@ -250,6 +250,24 @@ def test_an_answer_begins_at_the_pace_of_the_one_before():
     assert second > 1.5
 
 
+def test_forwards_of_many_rows_have_few_sizes():
+    """Every size has kernels of its own, which stay in memory."""
+    rows = set()
+
+    class Fan:
+        @hookimpl
+        def propose(self, step):
+            return union([TokenTree.chain(step.ids[-1], [token], [-3.0]) for token in range(5 + step.index % 40)])
+
+        @hookimpl
+        def observe(self, step):
+            rows.add(step.rows)
+
+    compose(tiny(), Fan(), budget=64).generate(prompt(), max_new_tokens=60, do_sample=False)
+    assert {7, 8, 9, 10, 11} < rows
+    assert {size for size in rows if size >= 12} == set(range(12, 45, 4))
+
+
 def test_a_curve_that_was_measured_flat_is_not_a_fixed_number_of_rows():
     """Where forwards of all sizes cost the same a drafter still takes its time."""
     level = Budget((1, 8), (128, 640), ((1.0, 1.0), (1.0, 1.0)))
