@@ -27,7 +27,7 @@ MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
 BATCHES = 5  # of rounds at most, while they find faster forwards
 SETTLED = 0.97  # how much faster does not matter
-LARGEST, MOST_ROWS = 2**20, 2**12  # of contexts and of rows that are believed
+LARGEST, MOST_ROWS, MOST_CONTEXTS = 2**20, 2**12, 64  # that are believed
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Budget:
         for what, sizes, most in (("rows", self.rows, MOST_ROWS), ("contexts", self.contexts, LARGEST)):
             if any(type(n) is not int or not 0 <= n <= most for n in sizes):
                 raise ValueError(f"{what} must be whole numbers up to {most}: {sizes}")
+        if len(self.contexts) > MOST_CONTEXTS:
+            raise ValueError(f"at most {MOST_CONTEXTS} contexts, got {len(self.contexts)}")
         table = np.asarray(self.seconds, float)
         if table.shape != shape or not len(self.rows) or self.rows[0] != 1:
             raise ValueError(

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .inplace import InPlaceLayer, count, in_place
+from .inplace import InPlaceLayer, count, counted, in_place
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 NAME, OLD_NAME = "cache", "past_key_values"  # of the KV cache, from transformers 5.24 on and before
@@ -88,15 +88,16 @@ def recording(cache: Cache) -> Iterator[None]:
 
 @contextmanager
 def undone(cache: Cache) -> Iterator[None]:
-    """Where what is within breaks off, layers that a forward adds to are again what they were. Those that are written
-    in place need nothing: what nobody counts is not there."""
-    layers = _added_to(cache)
+    """Where what is within breaks off, a forward or the commit after it, `cache` holds again what it held before. What
+    they write in place stands behind that."""
+    layers, columns = _added_to(cache), counted(cache)
     before = [dict(vars(layer)) for layer in layers]
     try:
         yield
     except BaseException:
         for layer, held in zip(layers, before, strict=True):
             vars(layer).update(held)
+        count(cache, columns - counted(cache))
         raise
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
 from .budget import Budget
-from .cache import commit, recording, with_cache
+from .cache import commit, recording, undone, with_cache
 from .drafting import Drafting
 from .forward import forward_of
 from .inplace import put_in_front
@@ -76,6 +76,8 @@ class Decoding:
             self.context = self.context.behind(self._put_prefixes())
             self.hook.start(step=self.step, model=self.model)
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
+            self.observe(verified)
+            del verified  # views of logits and hidden states of the whole prompt
             while not self.done:
                 self.advance()
         return self.sequence.all()
@@ -117,25 +119,31 @@ class Decoding:
         """One step: draft, one forward, and take what the model says."""
         tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
         self.step.answers = {}  # so that the last forward's logits are gone before there are new ones
+        # Whatever breaks off, a streamer, a criterion or the user: the cache is to hold nothing that was not said.
+        with undone(self.request.cache):
+            verified = self.verify(tree, appended)
+            self.take(tree, appended, verified)
+        self.observe(verified)
+
+    def verify(self, tree: TokenTree, appended: dict[Any, Appended]) -> Verified:
+        """What the model says after the nodes of `tree` and after the rows appended to it."""
         begin = time.perf_counter()
         with self.stats.stage("verify"):
             verified = verify(
                 self.forward, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
             )
         self.step.seconds = time.perf_counter() - begin
-        self.take(tree, appended, verified)
+        return verified
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
-        """Accept a path, commit it and let everyone know."""
-        try:
-            with self.stats.stage("accept"):
-                path = self.accept(tree, verified)
-        except BaseException:  # of a streamer, a criterion or the user: the cache is to hold what was said so far
-            if self.step.index:  # a prompt stays whole, as in `generate`: sliding layers may be past its beginning
-                commit(self.request.cache, verified.rows, [])
-            raise
+        """Accept a path and commit it."""
+        with self.stats.stage("accept"):
+            path = self.accept(tree, verified)
         with self.stats.stage("commit"):
             self.commit(tree, appended, verified, path)
+
+    def observe(self, verified: Verified) -> None:
+        """Let everyone know what became of the step."""
         with self.stats.stage("observe"):
             self.stats.count(self.step)
             self.hook.observe(step=self.step, logits=verified.logits)
@@ -190,7 +198,7 @@ class Growing:
 
     def __init__(self, ids: Tensor) -> None:
         self.length = ids.shape[1]
-        self.buffer = torch.cat([ids, ids.new_zeros(1, max(64, self.length))], dim=1)
+        self.buffer = nn.functional.pad(ids.long(), (0, max(64, self.length)))
 
     def append(self, token: int) -> None:
         if self.length == self.buffer.shape[1]:

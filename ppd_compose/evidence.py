@@ -14,12 +14,11 @@ import numpy as np
 from .hookspecs import hookimpl
 from .logit import ConditionalLogit, shares
 from .step import Step
-from .tree import Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
+from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
-NEVER = -1e3  # the same of a whole path
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
 ALONE, ALONE_HOLDS = (0.0, 1.0, -1.0, 0.0), (16.0, 16.0, 16.0, 16.0)

@@ -97,7 +97,8 @@ def extend(step: Step, tree: TokenTree) -> TokenTree | None:
 def append(step: Step, tree: TokenTree) -> Appended | None:
     """Return rows that ride along in the verify forward and are never accepted, or None.
 
-    The logits of those below the last accepted node come back as `step.answers[self]` in the next step.
+    The logits of those below the last accepted node come back as `step.answers[self]` in the next step, for `ask`
+    and the hooks from `propose` to `fit`.
     """
 
 

@@ -114,6 +114,11 @@ def count(cache: Cache, rows: int) -> None:
         extent.columns += rows
 
 
+def counted(cache: Cache) -> int:
+    """How many columns count in the layers that are written in place; 0 where there are none."""
+    return max((extent.columns for extent in _extents(cache)), default=0)
+
+
 def put_in_front(cache: Cache, prefixes: Sequence[Tensor]) -> None:
     """Put `prefixes`, each `[layers, 2, key heads, columns, head_dim]`, one behind the other before all that the layers
     hold that are written in place; a forward sees them like the context. Raises `ValueError` for one of other layers.

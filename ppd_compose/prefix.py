@@ -19,6 +19,7 @@ from .identity import LARGEST
 from .modes import evaluating
 
 MOST = 256  # columns
+HUGE = 1e4  # far beyond what training makes, and within what half precision can tell
 EIGHT_BITS = torch.float8_e4m3fn  # of a prefix in a file, where its numbers are such
 
 
@@ -38,9 +39,15 @@ def as_prefix(given: object) -> Tensor:
         raise ValueError(f"a prefix must be a Tensor of floats, got {given!r:.60}")
     check_prefix_shape(tuple(given.shape))
     prefix = given.detach().bfloat16() if given.dtype == EIGHT_BITS else given.detach()
-    if not torch.isfinite(prefix).all():
-        raise ValueError("a prefix holds NaN or infinite values: the file is damaged or training diverged")
+    refuse_huge(prefix, "a prefix holds")
     return prefix
+
+
+def refuse_huge(states: Tensor, what: str) -> None:
+    """Raise `ValueError` for numbers with which a forward may make NaN, of which rows that see nothing of them get some
+    too."""
+    if not (states.float().abs() <= HUGE).all():
+        raise ValueError(f"{what} NaN or values beyond {HUGE:g}: the file is damaged or training diverged")
 
 
 def check_prefix(prefix: object, drafter: str) -> Tensor:

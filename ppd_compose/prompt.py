@@ -21,7 +21,7 @@ from .hookspecs import hookimpl
 from .hub import Shared
 from .identity import Identity
 from .peft_method import adapter_in
-from .prefix import as_prefix, refuse_prefix
+from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
 from .step import Answer, Step
 from .top import best_tokens
@@ -50,7 +50,7 @@ class PromptTokens(Shared):
 
     Raises:
         ValueError: no embeddings, accuracies of another shape or outside 0 to 1, a prefix of another shape, or numbers
-            that are not finite.
+            that are not finite or huge.
     """
 
     name = "ppd"
@@ -65,8 +65,7 @@ class PromptTokens(Shared):
     ) -> None:
         if embeddings.ndim != 3 or 0 in embeddings.shape:
             raise ValueError(f"prompt tokens must be [n, v, hidden] with n, v >= 1, got {tuple(embeddings.shape)}")
-        if not torch.isfinite(embeddings).all():
-            raise ValueError("prompt tokens hold NaN or infinite values: the file is damaged or training diverged")
+        refuse_huge(embeddings, "prompt tokens hold")
         self.embeddings = embeddings.detach()
         self.keys_values = None if prefix is None else as_prefix(prefix)
         self.identity, self.training = identity, dict(training or {})

@@ -17,8 +17,8 @@ from .step import Step
 from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_parents
 from .worth import Worth, added
 
-SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are, in fours where they are more than
-FEW = 12
+SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are
+FEW = 12  # from so many on, all there are in fours
 FORGET = 0.98  # how much of the past counts after each step, in the running tokens per second
 
 
@@ -118,8 +118,8 @@ class BestRows:
 
 
 def _sizes(rows: int) -> Ints:
-    """The sizes that a forward may have where there are `rows` rows. Kernels are made and kept for each, of some four
-    megabytes from twelve rows on, so that few sizes keep the memory low."""
+    """The sizes that a forward may have where there are `rows` rows. Kernels are made and kept for each, on a CPU some
+    four megabytes from twelve rows on: few sizes keep the memory low."""
     most = rows if rows < FEW else rows - rows % 4
     return np.append(SIZES[: np.searchsorted(SIZES, most)], most)
 

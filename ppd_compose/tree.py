@@ -16,6 +16,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+NEVER = -1e3  # logarithm of the chance of a path; fainter ones count as this
+
 
 @dataclass(frozen=True)
 class TokenTree:
@@ -184,7 +186,8 @@ def judged(tree: TokenTree, path: Sequence[int], following: Sequence[int]) -> tu
     place[path] = np.arange(len(path))
     place = place[tree.parents]
     below = np.flatnonzero(place >= 0)
-    claims = np.exp(tree.log_probs[below] - tree.log_probs[tree.parents[below]])
+    paths = np.maximum(tree.log_probs, NEVER)
+    claims = np.exp(paths[below] - paths[tree.parents[below]])
     right: Bools = tree.tokens[below] == np.asarray(following)[place[below]]
     return claims, right
 
@@ -223,10 +226,8 @@ def joined(trees: Sequence[TokenTree]) -> tuple[Ints, Ints, list[Ints]]:
 def union(trees: Sequence[TokenTree]) -> TokenTree:
     """Every path of `trees` once; a node keeps its highest claim and all who proposed it."""
     trees = [tree for tree in trees if len(tree) > 1] or trees[:1]
-    if len(trees) == 1:
-        return trees[0]
     tokens, parents, places = joined(trees)
-    claims, sources = np.full(len(tokens), -np.inf), np.zeros(len(tokens), np.int64)
+    claims, sources = np.full(len(tokens), NEVER), np.zeros(len(tokens), np.int64)
     for tree, at in zip(trees, places, strict=True):
         claims[at] = np.maximum(claims[at], tree.log_probs)
         sources[at] |= tree.sources

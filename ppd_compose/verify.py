@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import output_capturing
 
-from .cache import undone, with_cache
+from .cache import with_cache
 from .forward import Forward
 from .inplace import count, hide_front, make_room
 from .mask import layered_mask
@@ -65,7 +65,7 @@ def verify(
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
     `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
-    at the end and are seen by none. Waits for the device: whatever breaks that off leaves `cache` as it was.
+    at the end and are seen by none. Waits for the device.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
@@ -74,16 +74,15 @@ def verify(
     if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
         front = front[:, :0]
     hide_front(cache, not front.shape[1])
-    with undone(cache):
-        out = forward.model(
-            **_rows(forward, tree, appended, idle),
-            **_who_sees_whom(forward, cache, context, front, stacked_parents(tree, appended)),
-            **with_cache(forward.model, cache),
-            return_dict=True,
-            **states_wanted(layers),
-            **kwargs,
-        )
-        wait(forward.model)
+    out = forward.model(
+        **_rows(forward, tree, appended, idle),
+        **_who_sees_whom(forward, cache, context, front, stacked_parents(tree, appended)),
+        **with_cache(forward.model, cache),
+        return_dict=True,
+        **states_wanted(layers),
+        **kwargs,
+    )
+    wait(forward.model)
     count(cache, sum(sizes) + idle)
     logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
     return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + idle)

@@ -73,6 +73,7 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_until_it_is_quiet(monkey
         '{"rows": [1]}',
         json.dumps({"rows": [1], "contexts": [0], "seconds": [[-1]]}),
         json.dumps({"rows": [1, 2**20], "contexts": [0], "seconds": [[1, 1]]}),
+        json.dumps({"rows": [1, 4096], "contexts": list(range(99999)), "seconds": [[1, 1]] * 99999}),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, text):

@@ -1,6 +1,8 @@
 """generate() as transformers means it: lengths, stops, processors, sampling, streams, dictionaries, chats, chunks."""
 
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.mllama import MllamaTextConfig
 
-from ppd_compose import compose, inplace, verify
+from ppd_compose import PromptTokens, compose, inplace, verify
 from ppd_compose.cache import GENERATE_NAME, with_cache
+from ppd_compose.decode import Decoding
+
+PREFIX = torch.ones(3, 2, 2, 1, 8)  # of prompt tokens for `tiny`
 
 
 def pair(family="llama", tokens=40, **kwargs):
@@ -41,6 +46,12 @@ def test_max_new_tokens_and_max_length_never_overshoot(tokens):
     base, model, ids = pair()
     assert same(base, model, ids, max_new_tokens=tokens, do_sample=False).shape[1] == 12 + tokens
     assert same(base, model, ids, max_length=12 + tokens, do_sample=False).shape[1] == 12 + tokens
+
+
+def test_a_prompt_of_short_integers_comes_back_as_from_generate():
+    base, model, ids = pair()
+    expected = same(base, model, ids.int(), max_new_tokens=5, do_sample=False)
+    assert model.generate(ids.int(), max_new_tokens=5, do_sample=False).dtype == expected.dtype
 
 
 def test_several_eos_ids_and_min_new_tokens():
@@ -302,6 +313,51 @@ def test_an_interrupt_while_the_device_works_leaves_a_cache_to_go_on_from(family
             model.generate(prompt(30), **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
     assert cache.get_seq_length() == said(streamer).shape[1] - 1
     goes_on(base, model, cache, streamer)
+
+
+class Interruption:
+    """The user's, at the `line`-th line of the project's that runs between the third forward and the end of its step;
+    `happened` tells whether there was such a line."""
+
+    def __init__(self, line):
+        self.left, self.takes, self.happened = line, 0, False
+
+    def __enter__(self):
+        self.tracer = sys.gettrace()
+        sys.settrace(self.called)
+
+    def __exit__(self, *_):
+        sys.settrace(self.tracer)
+
+    def called(self, frame, event, _):
+        self.takes += frame.f_code is Decoding.take.__code__
+        if self.takes == 3 and frame.f_code is Decoding.observe.__code__:
+            self.takes += 1
+        ours = Path(frame.f_code.co_filename).parent.name == "ppd_compose"
+        return self.ran if ours and self.takes == 3 else None
+
+    def ran(self, frame, event, _):
+        self.left -= event == "line" and self.takes == 3
+        if self.left == 0 and not self.happened:
+            self.happened = True
+            raise KeyboardInterrupt
+        return self.ran
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("llama", None), ("llama", PREFIX), ("mistral", None), ("gemma3", None)])
+def test_an_interrupt_anywhere_behind_a_forward_leaves_a_cache_to_go_on_from(family, prefix):
+    base, ids = tiny(family), prompt(30)
+    answer = base.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
+    model = compose(base, PromptTokens(torch.ones(3, 1, 32), prefix=prefix), Oracle(answer), budget=32)
+    for line in range(1, 1000, 7):
+        cache, streamer, interruption = DynamicCache(config=base.config), Recorder(), Interruption(line)
+        with suppress(KeyboardInterrupt), interruption:
+            model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
+        if not interruption.happened:
+            break
+        assert cache.get_seq_length() < said(streamer).shape[1]
+        goes_on(base, model, cache, streamer)
+    assert line > 50
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

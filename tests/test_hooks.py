@@ -3,13 +3,16 @@
 import inspect
 import re
 from dataclasses import replace
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
+from ppd_compose.integrations.recycling import TokenRecycling
 from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, MalformedDraft, TokenTree, compose, hookimpl, hookspecs
+from ppd_compose.alternatives import HighestClaim
 from ppd_compose.tree import row_depths
 
 HOOKS = [n for n, f in inspect.getmembers(hookspecs, inspect.isfunction) if hasattr(f, "ppd_compose_spec")]
@@ -243,6 +246,39 @@ def test_answers_are_gone_before_the_next_forward():
     run(tiny(), Watches(tiny()))
     assert sum(told) > 2
     assert not any(left)
+
+
+def test_what_was_known_of_the_prompt_is_gone_once_it_was_told():
+    class Reads:
+        @hookimpl
+        def hidden_layers(self, model):
+            return [1]
+
+        @hookimpl
+        def start(self, step):
+            self.told = ref(step.hidden_states[1])
+
+        @hookimpl
+        def observe(self, step):
+            self.left = self.told() is not None
+
+    reads = Reads()
+    run(None, Oracle(answer()), reads)
+    assert not reads.left
+
+
+def test_a_guess_that_claims_nothing_at_all_is_one():
+    class Never(Oracle):
+        name = "never"
+
+        @hookimpl
+        def propose(self, step):
+            tree = super().propose(step)
+            return tree and replace(tree, log_probs=np.where(tree.parents < 0, 0.0, -np.inf))
+
+    for plugins in ([], [HighestClaim()]):
+        _, out = run(None, Never(answer()), TokenRecycling(), plugins=plugins)
+        assert out[0].tolist() == answer(12)
 
 
 def test_hook_prefix():

@@ -177,9 +177,13 @@ def test_a_prefix_may_be_of_eight_bits_but_not_of_whole_numbers():
         PromptTokens(torch.zeros(1, 1, 32), prefix=states.long())
 
 
-def test_a_prefix_of_nan_is_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        PromptTokens(torch.zeros(1, 1, 32), prefix=torch.full((3, 2, 2, 1, 8), torch.nan))
+@pytest.mark.parametrize("number", [float("nan"), float("-inf"), 1e5])
+def test_numbers_that_would_spoil_a_forward_are_refused(number):
+    """A row that computes with NaN is hidden from the others, but nothing times NaN is NaN."""
+    with pytest.raises(ValueError, match="a prefix holds NaN or values beyond 10000"):
+        PromptTokens(torch.zeros(1, 1, 32), prefix=torch.full((3, 2, 2, 1, 8), number))
+    with pytest.raises(ValueError, match="prompt tokens hold NaN or values beyond 10000"):
+        PromptTokens(torch.full((1, 1, 32), number))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
