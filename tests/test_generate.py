@@ -344,7 +344,9 @@ class Interruption:
         return self.ran
 
 
-@pytest.mark.parametrize(("family", "prefix"), [("llama", None), ("llama", PREFIX), ("mistral", None), ("gemma3", None)])
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("llama", None), ("llama", PREFIX), ("mistral", None), ("gemma3", None)]
+)
 def test_an_interrupt_anywhere_behind_a_forward_leaves_a_cache_to_go_on_from(family, prefix):
     base, ids = tiny(family), prompt(30)
     answer = base.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
