@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -104,8 +103,16 @@ def make_room(cache: Cache, rows: int) -> None:
         if room < needed:
             more = ROOM * -(-needed // ROOM) - room
             # What the layer stood in for holds the same, so that the old memory is free.
-            layer.keys = layer.layer.keys = pad(layer.keys, (0, 0, 0, more))
-            layer.values = layer.layer.values = pad(layer.values, (0, 0, 0, more))
+            layer.keys = layer.layer.keys = _longer(layer.keys, more)
+            layer.values = layer.layer.values = _longer(layer.values, more)
+
+
+def _longer(states: Tensor, more: int) -> Tensor:
+    """`states` with room for `more` columns behind, which nobody has touched yet, so that they take no memory."""
+    *outer, columns, size = states.shape
+    longer = states.new_empty(*outer, columns + more, size)
+    longer[..., :columns, :] = states
+    return longer
 
 
 def count(cache: Cache, rows: int) -> None:
