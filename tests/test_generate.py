@@ -441,11 +441,10 @@ def test_a_cache_that_finds_no_room_is_left_as_transformers_made_it(monkeypatch)
 
     base, model, ids = pair()
     cache = DynamicCache(config=base.config)
-    room = inplace.pad
-    monkeypatch.setattr(inplace, "pad", full)
-    with pytest.raises(MemoryError):
-        model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False)
-    monkeypatch.setattr(inplace, "pad", room)
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace, "_longer", full)
+        with pytest.raises(MemoryError):
+            model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False)
     longer = torch.cat([ids, prompt(3, seed=1)], dim=1)
     settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
     expected = base.generate(longer, **settings)
