@@ -49,8 +49,8 @@ class BestRows:
 
     A candidate earns the chance that its path is accepted, an appended row its gain, as far as such gains came true
     before. The cut maximises (expected tokens) - (long-run tokens per second) x (seconds), which is optimal in the
-    long run when steps differ. Of all cuts those of a few sizes, and all rows there are, are tried. That is PPD's
-    dynamic sparse tree (section 4) without its offline tables, for any mix of drafters.
+    long run when steps differ. Of all cuts those of a few sizes are tried, the largest of (nearly) all rows there are.
+    That is PPD's dynamic sparse tree (section 4) without its offline tables, for any mix of drafters.
     """
 
     def __init__(self) -> None:
