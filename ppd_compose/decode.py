@@ -75,6 +75,7 @@ class Decoding:
             self.forward.lay_out(self.request.cache)
             self.context = self.context.behind(self._put_prefixes())
             self.hook.start(step=self.step, model=self.model)
+            # Broken off here a prompt stays whole, as in `generate`: sliding layers may be past its beginning.
             self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
             self.observe(verified)
             del verified  # views of logits and hidden states of the whole prompt
