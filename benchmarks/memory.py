@@ -29,9 +29,9 @@ app = typer.Typer()
 
 
 @app.command()
-def peak(kind: str, dtype: str, max_new_tokens: int) -> None:
+def peak(kind: str, base: str, dtype: str, max_new_tokens: int) -> None:
     """Print the peak of one generation in KiB; `kind` is "plain" or how the forwards of a composition are computed."""
-    loaded = load_base("demo", dtype)
+    loaded = load_base(base, dtype)
     model = loaded.model
     if kind != "plain":
         model = compose(model, load_drafter("ppd"), **WAYS[kind])
@@ -46,6 +46,7 @@ def peak(kind: str, dtype: str, max_new_tokens: int) -> None:
 
 @app.command()
 def compare(
+    base: Annotated[str, typer.Option(help="A folder, a Hub id, or 'demo'.")] = "demo",
     dtype: str = "bfloat16",
     max_new_tokens: int = 256,
     ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "eager",
@@ -56,11 +57,12 @@ def compare(
     peaks: dict[str, list[int]] = {kind: [] for kind in ("plain", *ways.split("+"))}
     for _ in track(range(rounds)):
         for kind, seen in peaks.items():
-            command = [sys.executable, __file__, "peak", kind, dtype, str(max_new_tokens)]
+            command = [sys.executable, __file__, "peak", kind, base, dtype, str(max_new_tokens)]
             seen.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    model, tokens = load_base("demo", dtype).model, load_drafter("ppd")
+    model, tokens = load_base(base, dtype).model, load_drafter("ppd")
     command_line = (
-        f"python benchmarks/memory.py compare --dtype {dtype} --ways {ways} --max-new-tokens {max_new_tokens}"
+        f"python benchmarks/memory.py compare --base {base} --dtype {dtype} --ways {ways} "
+        f"--max-new-tokens {max_new_tokens}"
     )
     result = {
         "environment": environment(model, command_line),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .paging import page_out
+
 ROWS = 16  # the number of rows that weights are laid out for; others are computed from the same layout
 DTYPES = (torch.float32, torch.bfloat16)
 # Children of one module that read the same rows, in most models.
@@ -80,7 +82,8 @@ class PackedLinear(nn.Linear):
 
 def pack(model: Any) -> None:
     """Pack all plain linear layers of `model`, whose submodules are its own. That takes as much memory again as their
-    weights, from the first forward on.
+    weights, from the first forward on; weights that lie in a file, as they do where a base was loaded in the dtype of
+    its file, are left to it until somebody reads them.
 
     Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in float32 or bfloat16.
     """
@@ -183,9 +186,11 @@ def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
 
 
 def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    whole = torch.cat([weight.detach() for weight in weights])
-    bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-    return torch.ops.mkldnn._reorder_linear_weight(whole, ROWS), bias
+    parts = [weight.detach() for weight in weights]
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(parts) if parts[1:] else parts[0], ROWS)
+    for weight in weights:
+        page_out(weight)
+    return packed, torch.cat([bias.detach() for bias in biases]) if biases else None
 
 
 def _forget(key: tuple[int, ...], gone: weakref.ref[Tensor]) -> None:

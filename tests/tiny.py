@@ -49,7 +49,7 @@ def tiny(family: str = "llama", *, seed: int = 0, dtype=torch.float64, attention
     """A random model of `family`; with `initializer_range` 0.4 its continuations vary."""
     name, settings = FAMILIES[family]
     config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(
-        **settings, **more, attn_implementation=attention
+        **{**settings, **more}, attn_implementation=attention
     )
     torch.manual_seed(seed)
     model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval().to(dtype)
