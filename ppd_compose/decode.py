@@ -25,7 +25,7 @@ from .inplace import put_in_front
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
-from .tree import Appended, TokenTree, ancestors
+from .tree import Appended, Ints, TokenTree, ancestors
 from .verify import Context, Verified, only_last, states_of, states_wanted, verify
 
 
@@ -179,19 +179,26 @@ class Decoding:
         step.index, step.tree, step.path = step.index + 1, tree, path
         step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
-        step.answers = {
-            drafter: _below(path[-1], block, logits)
-            for (drafter, block), logits in zip(appended.items(), verified.appended, strict=True)
-        }
+        step.answers = _answers(path[-1], len(tree), appended, verified)
         step.hidden_states = {layer: states[path] for layer, states in verified.hidden_states.items()}
 
 
-def _below(node: int, rows: Appended, logits: Tensor) -> Answer:
-    """The logits of the rows that hang from `node`."""
-    mine = np.flatnonzero(rows.nodes == node)
-    if len(mine) and mine[-1] - mine[0] == len(mine) - 1:  # as a rule they stand together, and need no copy
-        return Answer(rows.kinds[mine], logits[mine[0] : mine[-1] + 1])
-    return Answer(rows.kinds[mine], logits[torch.from_numpy(mine).to(logits.device)])
+def _answers(node: int, nodes: int, appended: dict[Any, Appended], verified: Verified) -> dict[Any, Answer]:
+    """What the rows that hang from `node` said, in a forward of a tree of `nodes` nodes and the rows appended to it."""
+    answers, begin = {}, nodes
+    for (drafter, rows), logits in zip(appended.items(), verified.appended, strict=True):
+        mine = np.flatnonzero(rows.nodes == node)
+        states = {layer: _rows(told, mine + begin) for layer, told in verified.hidden_states.items()}
+        answers[drafter] = Answer(rows.kinds[mine], _rows(logits, mine), states)
+        begin += len(rows)
+    return answers
+
+
+def _rows(told: Tensor, rows: Ints) -> Tensor:
+    """Rows `rows` of `told`; as a rule they stand together, and need no copy."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return told[rows[0] : rows[-1] + 1]
+    return told[torch.from_numpy(rows).to(told.device)]
 
 
 class Growing:

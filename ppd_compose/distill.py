@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .cache import whole_context, with_cache
 from .loop import Taught
 from .mask import layered_mask
+from .verify import only_last, states_wanted
 
 UNIT = 5.0  # keys and values are so much larger than embeddings; an optimiser moves all numbers by like steps
 
@@ -95,6 +97,28 @@ def _prompt_log_probs(
     base: PreTrainedModel, cache: DynamicCache, embeddings: Tensor, prefix: Tensor | None, batch: Batch
 ) -> Tensor:
     """Log-probabilities `[batch, count, n, vocab]` float32, averaged over each prompt token's embeddings."""
+    (n, v, _), (size, count) = embeddings.shape, batch.points.shape
+    logits = base(**_rows(base, cache, embeddings, prefix, batch)).logits
+    each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
+    return each.logsumexp(3) - math.log(v)
+
+
+@torch.no_grad()
+def prompt_states(base: PreTrainedModel, embeddings: Tensor, prefix: Tensor | None, batch: Batch) -> Tensor:
+    """Last hidden states `[batch, count, n, hidden]` of the prompt tokens `embeddings` `[n, v, hidden]` and their
+    `prefix` after the points of `batch`, averaged over each prompt token's embeddings."""
+    layer = base.config.get_text_config().num_hidden_layers
+    cache = DynamicCache(config=base.config)
+    base(input_ids=batch.ids, **with_cache(base, cache), **only_last(base))
+    rows = _rows(base, cache, embeddings.to(base.device), prefix, batch)
+    states: Tensor = base(**rows, **states_wanted([layer]), **only_last(base)).hidden_states[layer]
+    return states.view(*batch.points.shape, *embeddings.shape).mean(3)
+
+
+def _rows(
+    base: PreTrainedModel, cache: DynamicCache, embeddings: Tensor, prefix: Tensor | None, batch: Batch
+) -> dict[str, Any]:
+    """Arguments of a forward of the prompt tokens after all points, `[batch, count * n * v]` rows."""
     (n, v, hidden), (size, count), length = embeddings.shape, batch.points.shape, batch.ids.shape[1]
     see = insertion_mask(batch.points, length, n, v)
     ahead = batch.points.clamp(min=0)[..., None, None] + 1 + torch.arange(n, device=see.device)[:, None]
@@ -102,14 +126,12 @@ def _prompt_log_probs(
     columns = torch.cat([torch.arange(length, device=see.device).expand(size, -1), positions], dim=1)
     front = see.new_ones(*see.shape[:2], _put_before(cache, prefix))
     rows = embeddings.to(base.dtype).expand(size, count, n, v, hidden).reshape(size, -1, hidden)
-    logits = base(
-        inputs_embeds=rows,
-        attention_mask=layered_mask(base, cache, see, positions, columns, front),
-        position_ids=positions,
+    return {
+        "inputs_embeds": rows,
+        "attention_mask": layered_mask(base, cache, see, positions, columns, front),
+        "position_ids": positions,
         **with_cache(base, cache),
-    ).logits
-    each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
-    return each.logsumexp(3) - math.log(v)
+    }
 
 
 def _put_before(cache: DynamicCache, prefix: Tensor | None) -> int:

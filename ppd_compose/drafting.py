@@ -31,6 +31,7 @@ class Drafting:
     def draft(self, step: Step) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""
         step.drafting = {name: 0.0 for name in self.plugins.drafters if self._takes_part(step, name)}
+        self._refine(step)
         trees = [TokenTree.chain(step.ids[-1])]
         for name, _, propose in self.proposers:
             trees += [made.marked(self.bits[name]) for made in self._asked(step, "propose", name, propose)]
@@ -56,6 +57,16 @@ class Drafting:
                 tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
             tree, cut = self.hook.fit(step=step, tree=tree, appended=blocks)
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
+
+    def _refine(self, step: Step) -> None:
+        """Let who can tell better what appended rows say do so, on the time of the drafter whose rows they are."""
+        for name, drafter in self.plugins.drafters.items():
+            if (answer := step.answers.get(drafter)) is not None and len(answer.kinds):
+                begin = time.perf_counter()
+                with self.stats.stage(f"refine {name}"):
+                    refined = self.hook.refine(step=step, drafter=drafter, answer=answer)
+                    step.answers[drafter] = answer if refined is None else refined
+                step.drafting[name] += time.perf_counter() - begin
 
     def _takes_part(self, step: Step, name: str) -> bool:
         """Whether it is that drafter's turn, or rows that it appended were verified below the last accepted node."""

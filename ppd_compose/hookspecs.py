@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .step import Step
+    from .step import Answer, Step
     from .tree import Appended, TokenTree
 
 PROJECT = "ppd_compose"
@@ -68,6 +68,15 @@ def ask(step: Step, drafter: str) -> bool | None:
     """Return whether the drafter of that name is asked to propose and extend at this step.
 
     One whose appended rows were verified below the last accepted node is asked in any case: they are paid for.
+    """
+
+
+@hookspec(firstresult=True)
+def refine(step: Step, drafter: Any, answer: Answer) -> Answer | None:
+    """Return what the rows that `drafter` appended say, told better than by `answer.logits`, or None.
+
+    Called for each drafter with such rows below the last accepted node, before anyone drafts: it finds the answer that
+    you return. `answer.hidden_states` are those that anyone asks for by `hidden_layers`.
     """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .card import model_card
 from .hookspecs import hookimpl
 from .hub import Shared
 from .identity import Identity
+from .paired import digest_of
 from .peft_method import adapter_in
 from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
@@ -123,6 +125,12 @@ class PromptTokens(Shared):
         adapter = Adapter(self.embeddings, accuracy, self.identity, self.training, self.keys_values)
         write_adapter(adapter, Path(folder), model_card(adapter, results))
 
+    @cached_property
+    def digest(self) -> str:
+        """Tells these prompt tokens from others by their numbers, whatever their dtype."""
+        held = {"embeddings": self.embeddings, "prefix": self.keys_values}
+        return digest_of({name: states.float().cpu() for name, states in held.items() if states is not None})
+
     @hookimpl
     def prepare(self, model: PreTrainedModel) -> None:
         """Refuse a base of another width or with other layers; warn when only its weights differ from those trained
@@ -181,10 +189,12 @@ class PromptTokens(Shared):
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
         # A row's parent stands before it, so the rows that the budget left make up the first distances.
         distance = answer.kinds // self.embeddings.shape[1]
-        if len(distance) == distance[-1] + 1:
-            return best_tokens(answer.logits.float(), WIDTH)
-        groups = [answer.logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
-        return best_tokens(torch.stack([average(logits) for logits in groups]), WIDTH)
+        logits = answer.logits.float()
+        if len(distance) > distance[-1] + 1:
+            groups = [logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
+            logits = torch.stack([average(group) for group in groups])
+        log_probs, best = best_tokens(logits, WIDTH)
+        return log_probs, best if answer.tokens is None else answer.tokens[best]
 
 
 def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:

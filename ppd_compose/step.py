@@ -5,6 +5,7 @@ Knows no model and no loop; the loop fills it in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits of a plugin's appended rows below the last accepted node."""
+    """What a plugin's appended rows below the last accepted node said."""
 
     kinds: Ints  # [rows], as the plugin gave them
-    logits: Tensor  # [rows, vocab], in the model's dtype, on its device
+    logits: Tensor  # [rows, entries], in the model's dtype, on its device
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)  # by layer [rows, hidden], where asked for
+    tokens: Tensor | None = None  # [entries] int64, the token of each entry; None: entry i is token i
 
 
 @dataclass

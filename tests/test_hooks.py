@@ -50,6 +50,7 @@ def test_hooks_are_called_in_the_order_of_their_listing():
     run(None, spy, tokens=2)
     source = inspect.getsource(hookspecs)
     listed = re.findall(r"^def (\w+)\(", source, re.MULTILINE)
+    listed.remove("refine")  # there are no rows whose answer could be refined
     first_token = ["accept", "observe"]  # the prefill yields it
     at = listed.index("start") + 1
     assert calls == listed[:at] + first_token + listed[at:]
@@ -228,6 +229,42 @@ def test_hook_append():
     for ids, logits in hangs.answers[:-2]:  # near the end there is no room for a row below the last token
         expected = base(torch.tensor([[*ids[:-1], 5]])).logits[0, -1]
         torch.testing.assert_close(logits[0], expected)
+
+
+def test_hook_refine():
+    """An answer that its drafter finds, with the hidden states that were asked for."""
+    base = tiny()
+
+    class Reads(Hanging):
+        told = 0
+
+        @hookimpl
+        def propose(self, step):
+            answer = step.answers.get(self)
+            if answer is None or not len(answer.kinds):
+                return None
+            self.told += 1
+            assert answer.logits.tolist() == [[1.0, 2.0]]
+            return TokenTree.chain(step.ids[-1], [7], [-1.0])
+
+    class Refines:
+        @hookimpl
+        def hidden_layers(self, model):
+            return [3]
+
+        @hookimpl
+        def refine(self, step, drafter, answer):
+            assert drafter is reads
+            expected = base.model(torch.tensor([[*step.ids[:-1], 5]])).last_hidden_state[0, -1]
+            torch.testing.assert_close(answer.hidden_states[3][0], expected)
+            torch.testing.assert_close(answer.logits[0], base.lm_head(expected))
+            return replace(answer, logits=torch.tensor([[1.0, 2.0]]))
+
+    reads = Reads(base)
+    model, ids = run(base, reads, plugins=[Refines()])
+    assert reads.told > 2
+    assert ids[0].tolist() == answer(12)
+    assert model.stats.seconds["refine hangs"] > 0
 
 
 def test_answers_are_gone_before_the_next_forward():

@@ -5,6 +5,8 @@ Knows the card's text. Does not write files.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ppd_compose.card import accuracy_table, facts_list, relation
 
 from .drafter import MedusaHeads
@@ -36,13 +38,24 @@ model.generate(**inputs, max_new_tokens=128)
 How often the token at a distance was the guess of that rank or a better one.
 
 {table}
-{calibrated}
+{calibrated}{beside}
 ## Training
 
 {facts}
 
 The heads belong to the weights with embedding fingerprint `{fingerprint}`; with other weights of the same shapes they
 still give the base's own tokens, but fewer guesses may be right.
+"""
+
+BESIDE = """
+## Composed with prompt tokens
+
+{count} more heads read the prompt tokens with digest `{digest}` where these are composed too, the last accepted token's
+hidden state and the token after it, and tell better what the prompt tokens say:
+
+{table}
+
+{facts}
 """
 
 
@@ -61,6 +74,7 @@ def model_card(made: MedusaHeads) -> str:
         entries="all of it" if heads.token_map is None else f"of it the rows of {heads.entries:,} frequent tokens",
         table=accuracy_table("head", made.accuracy),
         calibrated=_calibrated(made),
+        beside=_beside(made),
         facts=facts_list(made.training),
         fingerprint=made.identity.fingerprint,
     )
@@ -71,3 +85,13 @@ def _calibrated(made: MedusaHeads) -> str:
         return ""
     pairs = ", ".join(f"{offset:.2f} and {slope:.2f}" for offset, slope in made.calibration.tolist())
     return f"\nBy held-out replies the odds that a head gives are moved by an offset and a slope: {pairs}.\n"
+
+
+def _beside(made: MedusaHeads) -> str:
+    """What is told of heads that read prompt tokens."""
+    heads = made.prompt_heads
+    if heads is None:
+        return ""
+    facts = facts_list(heads.facts["training"])
+    table = accuracy_table("distance", np.asarray(heads.facts["accuracy"]))
+    return BESIDE.format(count=len(heads), digest=heads.prompt_tokens, table=table, facts=facts)

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.finish import output_head, output_rows
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
+from ppd_compose.step import Answer
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints
 
+from .beside import PromptHeads, by_distance
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
@@ -50,10 +52,12 @@ class MedusaHeads(Shared):
         identity: the base that the heads were trained for, checked by `compose`.
         base_name: its name, where no more is known.
         training: how they were trained, as plain data.
+        prompt_heads: heads that tell better what the prompt tokens say that they were trained beside, where these are
+            composed too.
 
     Raises:
-        ValueError: choices that are no tree or deeper than there are heads, or accuracies or a calibration of another
-            shape.
+        ValueError: prompt heads of another width, choices that are no tree or deeper than there are heads, or
+            accuracies or a calibration of another shape.
     """
 
     name = "medusa"
@@ -68,6 +72,7 @@ class MedusaHeads(Shared):
         identity: Identity | None = None,
         base_name: str = "",
         training: Mapping[str, Any] | None = None,
+        prompt_heads: PromptHeads | None = None,
     ) -> None:
         self.heads = heads if identity is None else replace(heads, vocab_size=identity.vocab_size)
         self.choices = None if choices is None else Choices.of(choices, len(heads))
@@ -80,7 +85,10 @@ class MedusaHeads(Shared):
         ):
             raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
         self.calibration = None if calibration is None else checked(calibration, len(heads))
-        self._at: dict[tuple[torch.device, torch.dtype], Heads] = {}
+        if prompt_heads is not None and prompt_heads.hidden_size != heads.hidden_size:
+            raise ValueError(f"prompt heads of {prompt_heads.hidden_size} numbers beside heads of {heads.hidden_size}")
+        self.prompt_heads = prompt_heads
+        self._at: dict[tuple[torch.device, torch.dtype], tuple[Heads, PromptHeads | None]] = {}
         self._placed: WeakKeyDictionary[PreTrainedModel, tuple[Any, Placed]] = WeakKeyDictionary()
 
     @classmethod
@@ -103,6 +111,7 @@ class MedusaHeads(Shared):
             return cls(
                 stored.heads, choices=choices, accuracy=own.get("accuracy"), calibration=own.get("calibration"),
                 identity=identity, base_name=stored.base_name, training=own.get("training"),
+                prompt_heads=stored.prompt_heads,
             )  # fmt: skip
         except (TypeError, OverflowError) as error:
             raise ValueError(f"{source}: the config lacks a field of its base or has one too many: {error}") from None
@@ -144,7 +153,7 @@ class MedusaHeads(Shared):
             "calibration": None if self.calibration is None else self.calibration.tolist(),
             "training": self.training,
         }
-        write_folder(Stored(heads, self.base_name, own), Path(folder), layout, card)
+        write_folder(Stored(heads, self.base_name, own, self.prompt_heads), Path(folder), layout, card)
 
     @staticmethod
     def recognises(config: Mapping[str, Any], files: set[str]) -> bool:
@@ -183,12 +192,26 @@ class MedusaHeads(Shared):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the heads to the model's device and dtype."""
         (layer,) = self.hidden_layers(model)
-        step.memory[self] = layer, self._ready(model)
+        step.memory[self] = layer, self._ready(model), model.get_input_embeddings()
+
+    @hookimpl
+    def refine(self, step: Step, drafter: Any, answer: Answer) -> Answer | None:
+        """What prompt tokens say, by their states, that of the last token and the root, where these heads were trained
+        beside them."""
+        heads = self.prompt_heads
+        if heads is None or not isinstance(drafter, PromptTokens) or drafter.digest != heads.prompt_tokens:
+            return None
+        layer, placed, embed = step.memory[self]
+        v = drafter.embeddings.shape[1]
+        states = by_distance(answer.hidden_states[layer], answer.kinds // v)
+        root = embed(torch.tensor([step.ids[-1]], device=states.device))
+        logits = placed.reread(states, step.hidden_states[layer][-1:], root)[:, 0]
+        return Answer(v * np.arange(len(states)), logits, {}, placed.heads.token_map)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree:
         """The static tree, or the likeliest paths when every distance is guessed on its own."""
-        layer, placed = step.memory[self]
+        layer, placed, _ = step.memory[self]
         log_probs, tokens = self._guesses(placed, step.hidden_states[layer][-1:])
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
@@ -201,8 +224,8 @@ class MedusaHeads(Shared):
         known, placed = self._placed.get(model, (None, None))
         if placed is None or known != state:
             if key not in self._at:
-                self._at[key] = self.heads.to(layer.weight)
-            placed = place(self._at[key], model)
+                self._at[key] = self.heads.to(layer.weight), self.prompt_heads and self.prompt_heads.to(layer.weight)
+            placed = place(*self._at[key], model)
             self._placed[model] = (state, placed)
         return placed
 

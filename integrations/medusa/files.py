@@ -20,6 +20,7 @@ from torch import Tensor
 from ppd_compose.paired import read_pair, write_pair
 from ppd_compose.sources import folder_of, lies_whole, read_shards
 
+from .beside import FACTS, TENSORS, PromptHeads, read_prompt_heads, write_prompt_heads
 from .heads import Heads
 from .layouts import read_tensors, wanted, write_tensors
 
@@ -37,6 +38,7 @@ class Stored:
     heads: Heads
     base_name: str = ""
     own: Mapping[str, Any] = field(default_factory=dict)
+    prompt_heads: PromptHeads | None = None
 
 
 def read_folder(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Stored:
@@ -61,7 +63,7 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
         heads = replace(heads, vocab_size=vocab)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the vocab_size {vocab} of {CONFIG}: {error}") from None
-    return Stored(heads, str(config.get("base_model_name_or_path") or ""), own)
+    return Stored(heads, str(config.get("base_model_name_or_path") or ""), own, read_prompt_heads(folder))
 
 
 def write_folder(stored: Stored, folder: Path, layout: str, card: str = "") -> None:
@@ -74,6 +76,7 @@ def write_folder(stored: Stored, folder: Path, layout: str, card: str = "") -> N
         raise ValueError(f"{folder} holds {others[0]}, which would be read instead of {name}: give another folder")
     tensors = write_tensors(stored.heads, layout)
     config = {"official": _official, "vllm": _vllm}[layout](stored)
+    write_prompt_heads(stored.prompt_heads, folder)
     write_pair(tensors, folder / name, {**config, OWN: dict(stored.own)}, CONFIG, card)
 
 
@@ -170,7 +173,7 @@ def _folder(source: str | Path, revision: str | None, token: str | None) -> Path
     """The folder, or the one fetched with the first of `NAMES` there is; of a sharded one, the shards that matter."""
     holding = f"{HEADS} or {WHOLE}"
     for name in NAMES:
-        folder = folder_of(source, [CONFIG, name], holding, revision, token)
+        folder = folder_of(source, [CONFIG, name, TENSORS, FACTS], holding, revision, token)
         if (folder / name).is_file():
             break
     if name.endswith(INDEX) and folder != Path(source):

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from ppd_compose.finish import PLAIN, Finish, output_rows
 from ppd_compose.packed import is_packed, product
 
+from .beside import PromptHeads
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -91,15 +93,25 @@ class Placed:
 
     heads: Heads
     output_bias: Tensor | None  # [entries]
+    beside: PromptHeads | None = None
     packed: bool = False  # output heads are multiplied with by packed copies
     finish: Finish = PLAIN  # the base's own, where its output head is used
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What each head says `[heads, rows, entries]` float32 after `hidden` `[rows, hidden]`."""
         heads = self.heads
-        states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
-        logits = entry_logits(states, heads.outputs, self.output_bias, product if self.packed else linear)
-        return self.finish(logits.float())
+        return self.said(residual(hidden.to(heads.weight), heads.weight, heads.bias))
+
+    def reread(self, states: Tensor, last: Tensor, root: Tensor) -> Tensor:
+        """What prompt tokens say `[distances, rows, entries]` float32; see `beside.reread`."""
+        assert self.beside is not None
+        like = self.beside.up
+        return self.said(self.beside(states.to(like), last.to(like), root.to(like)))
+
+    def said(self, states: Tensor) -> Tensor:
+        """What `states` `[heads, rows, hidden]` mean by the output heads `[heads, rows, entries]` float32."""
+        multiplied = product if self.packed else linear
+        return self.finish(entry_logits(states, self.heads.outputs, self.output_bias, multiplied).float())
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -114,13 +126,14 @@ def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
         raise ValueError(f"token_map holds tokens {lowest} to {highest}, outside the vocabulary of {vocab_size}")
 
 
-def place(heads: Heads, model: PreTrainedModel) -> Placed:
-    """Give `heads`, which are on the model's device, its output head: referred to, or copied rows of a token map."""
+def place(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> Placed:
+    """Give `heads` and those `beside` them, which are on the model's device, its output head: referred to, or copied
+    rows of a token map."""
     packed = is_packed(model)
     if heads.outputs:
-        return Placed(heads, None, packed)
+        return Placed(heads, None, beside, packed)
     weight, bias = output_rows(model, heads.token_map)
-    return Placed(replace(heads, outputs=(weight,)), bias, packed, Finish.of(model))
+    return Placed(replace(heads, outputs=(weight,)), bias, beside, packed, Finish.of(model))
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

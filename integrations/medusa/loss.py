@@ -36,6 +36,10 @@ class Output:
     bias: Tensor | None  # [entries]
     finish: Finish = PLAIN
 
+    def said(self, states: Tensor) -> Tensor:
+        """What `states` `[heads, points, hidden]` mean by it `[heads, points, entries]` float32."""
+        return self.finish(entry_logits(states, [self.weight], self.bias).float())
+
 
 class Blocks(nn.Module):
     """Residual blocks in training: float32 parameters, products in the base's dtype.
@@ -69,7 +73,7 @@ class Blocks(nn.Module):
         """What the heads say `[heads, points, entries]` float32 after the points."""
         hidden, dtype = batch.states[batch.points], batch.states.dtype
         states = residual(hidden, self.weight.to(dtype), self.bias.to(dtype))
-        return output.finish(entry_logits(states, [output.weight], output.bias).float())
+        return output.said(states)
 
 
 @torch.no_grad()
@@ -77,5 +81,4 @@ def _base_log_probs(batch: Batch, output: Output, heads: int) -> Tensor:
     """The base's own distributions `[heads, points, entries]` float32 at what the heads guess."""
     ahead = batch.points + torch.arange(1, heads + 1, device=batch.points.device)[:, None]
     rows, at = ahead.unique(return_inverse=True)  # neighbouring points ask for the same ones
-    logits = entry_logits(batch.states[rows][None], [output.weight], output.bias)[0]
-    return output.finish(logits.float()).log_softmax(-1)[at]
+    return output.said(batch.states[rows][None])[0].log_softmax(-1)[at]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,22 +43,28 @@ from .loss import OUTSIDE, Batch, Blocks, Output
 
 
 @dataclass(frozen=True)
-class MedusaRecipe(Recipe):
-    """What decides the trained heads. `vocabulary`: how many of the most frequent tokens of the replies they choose
-    from, None for all; `kl`: share of the base's own distribution in the loss, 0 to 1."""
+class HeadsRecipe(Recipe):
+    """What decides trained heads of any kind. `kl`: share of the base's own distribution in the loss, 0 to 1."""
 
-    batch_size: int = 4
-    points: int = 128
-    learning_rate: float = 3e-3
     heads: int = 4
-    layers: int = 1
-    vocabulary: int | None = 8192
     kl: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.kl <= 1:
             raise ValueError(f"kl is a share from 0 to 1, got {self.kl}")
+
+
+@dataclass(frozen=True)
+class MedusaRecipe(HeadsRecipe):
+    """The same of Medusa heads. `vocabulary`: how many of the most frequent tokens of the replies they choose from,
+    None for all."""
+
+    batch_size: int = 4
+    points: int = 128
+    learning_rate: float = 3e-3
+    layers: int = 1
+    vocabulary: int | None = 8192
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def frequent_tokens(replies: Sequence[Reply], count: int) -> Tensor:
 class Batches:
     """Replies as batches for the loss: hidden states, points drawn from seed and number, and the truth at them."""
 
-    def __init__(self, base: PreTrainedModel, recipe: MedusaRecipe, tokens: Tensor | None) -> None:
+    def __init__(self, base: PreTrainedModel, recipe: HeadsRecipe, tokens: Tensor | None) -> None:
         self.recipe, self.device = recipe, base.device
         self.layer = base.config.get_text_config().num_hidden_layers
         self.states = ReplyStates(base, [self.layer], recipe.max_length)
@@ -159,16 +165,21 @@ class Batches:
 
     def __call__(self, replies: Sequence[Reply], number: int) -> Batch:
         """The batch `number` of `replies`, on the base's device."""
-        ahead, dice = self.recipe.heads, dice_of(self.recipe, number)
+        ahead = self.recipe.heads
         states, points, truth, offset = [], [], [], 0
-        for reply in replies:
-            ids = torch.tensor(reply.ids[: self.recipe.max_length], device="cpu")
-            drawn = draw_points(reply, self.recipe, ahead, dice)
+        for reply, ids, drawn in self.drawn(replies, number):
             states.append(self.states(reply)[self.layer])
             points.append(offset + drawn)
             truth.append(self.entry[ids[drawn + 1 + torch.arange(1, ahead + 1, device="cpu")[:, None]]])
             offset += len(ids)
         return Batch(torch.cat(states), torch.cat(points).to(self.device), torch.cat(truth, 1).to(self.device))
+
+    def drawn(self, replies: Sequence[Reply], number: int) -> Iterator[tuple[Reply, Tensor, Tensor]]:
+        """Each of `replies`, its tokens `[length]` int64, and the points drawn in it `[count]` int64, on the host."""
+        dice = dice_of(self.recipe, number)
+        for reply in replies:
+            ids = torch.tensor(reply.ids[: self.recipe.max_length], device="cpu")
+            yield reply, ids, draw_points(reply, self.recipe, self.recipe.heads, dice)
 
 
 @torch.no_grad()

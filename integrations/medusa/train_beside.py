@@ -1,0 +1,161 @@
+"""Training of heads that read prompt tokens: beside which ones, on which points, and how well they guess at the end.
+
+Knows batches, blocks and the order of things. The loss is that of Medusa heads, the run itself the core's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppd_compose import PromptTokens
+from ppd_compose.checkpoints import discard
+from ppd_compose.distill import Batch as Inserted
+from ppd_compose.distill import prompt_states
+from ppd_compose.finish import Finish, output_rows
+from ppd_compose.loop import Taught, frozen, replies_of_batch, run, usable, within_window
+from ppd_compose.prompts import Prompt
+from ppd_compose.replies import Reply
+from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
+
+from .beside import PromptHeads, reread
+from .card import model_card
+from .drafter import MedusaHeads
+from .loss import Batch, Blocks, Output
+from .train import Batches, HeadsRecipe, Told, evaluate
+
+
+@dataclass(frozen=True)
+class BesideRecipe(HeadsRecipe):
+    """What decides trained prompt heads, of which there are as many as prompt tokens. `width`: of the layer between."""
+
+    points: int = 96
+    learning_rate: float = 1e-3
+    width: int = 256
+
+
+def train_beside(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    out: Path,
+    medusa: MedusaHeads,
+    prompt: PromptTokens,
+    recipe: BesideRecipe,
+    *,
+    held_out: int = 64,
+    reply_tokens: int = 160,
+    reply_batch: int = 32,
+    command: str = "",
+    data: str = "",
+) -> MedusaHeads:
+    """Train heads that read the tokens of `prompt`, and save them with those of `medusa` to `out`, in bfloat16.
+
+    Both must be of `base`. Replies and checkpoints are kept as `train_medusa` keeps them.
+    Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
+    """
+    begin, checkpoints = time.monotonic(), checkpoints_in(out)
+    medusa.prepare(base)
+    prompt.prepare(base)
+    tokens = medusa.heads.token_map
+    recipe = replace(recipe, heads=len(prompt.embeddings))
+    replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
+    heads, told = train_prompt_heads(base, replies, held, prompt, tokens, recipe, checkpoints)
+    facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
+    like = torch.empty(0, dtype=torch.bfloat16, device="cpu")
+    heads = replace(heads.to(like), facts={"accuracy": told.accuracy, "training": facts})
+    made = MedusaHeads(
+        medusa.heads, accuracy=_plain(medusa.accuracy), calibration=_plain(medusa.calibration),
+        identity=medusa.identity, base_name=medusa.base_name, training=medusa.training, prompt_heads=heads,
+    )  # fmt: skip
+    made.save_pretrained(out, card=model_card(made))
+    discard(checkpoints)
+    return made
+
+
+def _plain(table: Any) -> Any:
+    return None if table is None else table.tolist()
+
+
+def train_prompt_heads(
+    base: PreTrainedModel,
+    replies: Sequence[Reply],
+    held_out: Sequence[Reply],
+    prompt: PromptTokens,
+    tokens: Tensor | None,
+    recipe: BesideRecipe,
+    checkpoints: Path,
+) -> tuple[PromptHeads, Told]:
+    """Prompt heads in float32 that use the base's output head, of it the rows of `tokens` `[entries]` int64 or all, and
+    what held-out replies tell of them. The base is frozen for the duration and left as it was."""
+    recipe = within_window(recipe, base, recipe.heads)
+    mine = usable(replies, recipe, recipe.heads)
+    with frozen(base):
+        output = Output(*output_rows(base, tokens), Finish.of(base))
+        batches = PromptBatches(base, recipe, tokens, prompt)
+
+        def step(blocks: PromptBlocks, number: int) -> Taught:
+            taught: Taught = blocks(
+                batches(replies_of_batch(mine, recipe, number), number), output, recipe.decay, recipe.kl
+            )
+            return taught
+
+        blocks = PromptBlocks(recipe, output.weight.shape[1]).to(base.device)
+        blocks = run(blocks, recipe, checkpoints, mine, step, {"prompt_tokens": prompt.digest})
+        heads = PromptHeads(blocks.down.detach().cpu(), blocks.up.detach().cpu(), prompt.digest)
+        return heads, evaluate(blocks, output, batches, held_out)
+
+
+@dataclass(frozen=True)
+class PromptBatch(Batch):
+    """The same, and what is known at the points."""
+
+    prompts: Tensor  # [distances, points, hidden], last states of the prompt tokens below
+    roots: Tensor  # [points, hidden], embeddings of the tokens that follow
+
+
+class PromptBatches(Batches):
+    """Batches with the states of prompt tokens inserted at their points."""
+
+    def __init__(
+        self, base: PreTrainedModel, recipe: BesideRecipe, tokens: Tensor | None, prompt: PromptTokens
+    ) -> None:
+        super().__init__(base, recipe, tokens)
+        self.base, self.prompt = base, prompt
+
+    @torch.no_grad()
+    def __call__(self, replies: Sequence[Reply], number: int) -> PromptBatch:
+        batch, prompts, roots = super().__call__(replies, number), [], []
+        for _, ids, drawn in self.drawn(replies, number):
+            inserted = Inserted(ids[None], drawn[None]).to(self.device)
+            states = prompt_states(self.base, self.prompt.embeddings, self.prompt.keys_values, inserted)
+            prompts.append(states[0].transpose(0, 1))
+            roots.append(self.base.get_input_embeddings()(ids[drawn + 1].to(self.device)))
+        return PromptBatch(batch.states, batch.points, batch.truth, torch.cat(prompts, 1), torch.cat(roots))
+
+
+class PromptBlocks(Blocks):
+    """Prompt heads in training: float32 parameters, products in the base's dtype. They begin as what the prompt tokens
+    say themselves."""
+
+    def __init__(self, recipe: BesideRecipe, hidden: int) -> None:
+        nn.Module.__init__(self)
+        dice = torch.Generator("cpu").manual_seed(recipe.seed)
+        down = torch.randn(recipe.heads, 3 * hidden, recipe.width, generator=dice, device="cpu")
+        self.down = nn.Parameter(down / math.sqrt(3 * hidden))
+        self.up = nn.Parameter(torch.zeros(recipe.heads, recipe.width, hidden))
+
+    def logits(self, batch: Batch, output: Output) -> Tensor:
+        """What the heads say `[distances, points, entries]` float32."""
+        assert isinstance(batch, PromptBatch)
+        last, dtype = batch.states[batch.points], batch.states.dtype
+        states = reread(self.down.to(dtype), self.up.to(dtype), batch.prompts, last, batch.roots)
+        return output.said(states)
