@@ -70,7 +70,7 @@ class TokenRecycling:
     @hookimpl
     def extend(self, step: Step, tree: TokenTree) -> TokenTree | None:
         """The likeliest continuations of the root and of all paths of `tree`."""
-        return self._grown(tree, step.budget.max_rows)
+        return self._grown(tree, step.candidates)
 
     @hookimpl
     def observe(self, step: Step, logits: Tensor) -> None:

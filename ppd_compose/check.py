@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 
+from .step import Answer
 from .tree import Appended, TokenTree
 
 
@@ -74,3 +75,16 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     if not (appended.gains >= 0).all():
         raise MalformedDraft(who, "gains must be numbers of at least 0")
     return appended
+
+
+def check_answer(answer: object, drafter: str) -> Answer:
+    """Return `answer`, or raise `MalformedDraft` saying what is wrong with what `drafter`'s was refined to."""
+    who = f"refine, for drafter {drafter!r},"
+    if not isinstance(answer, Answer):
+        raise MalformedDraft(who, f"expected an Answer or None, got {type(answer).__name__}")
+    rows, entries = answer.logits.shape
+    if len(answer.kinds) != rows or not rows:
+        raise MalformedDraft(who, f"{len(answer.kinds)} kinds of {rows} rows")
+    if answer.tokens is not None and len(answer.tokens) != entries:
+        raise MalformedDraft(who, f"{len(answer.tokens)} tokens for {entries} entries")
+    return answer

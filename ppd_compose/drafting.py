@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .check import check_appended, check_tree
+from .check import check_answer, check_appended, check_tree
 from .plugins import Plugins
 from .stats import Stats
 from .step import Step
@@ -65,7 +65,7 @@ class Drafting:
                 begin = time.perf_counter()
                 with self.stats.stage(f"refine {name}"):
                     refined = self.hook.refine(step=step, drafter=drafter, answer=answer)
-                    step.answers[drafter] = answer if refined is None else refined
+                    step.answers[drafter] = answer if refined is None else check_answer(refined, name)
                 step.drafting[name] += time.perf_counter() - begin
 
     def _takes_part(self, step: Step, name: str) -> bool:

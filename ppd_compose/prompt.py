@@ -166,7 +166,7 @@ class PromptTokens(Shared):
             return None
         log_probs, tokens = self._guesses(answer)
         return TokenTree.product(
-            step.ids[-1], list(tokens.numpy(force=True)), list(log_probs.numpy(force=True)), step.budget.max_rows
+            step.ids[-1], list(tokens.numpy(force=True)), list(log_probs.numpy(force=True)), step.candidates
         )
 
     @hookimpl

@@ -16,6 +16,8 @@ from .tree import Ints, TokenTree
 if TYPE_CHECKING:
     from .budget import Budget
 
+FEWEST = 32  # candidates that a drafter may propose at a time
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,3 +49,9 @@ class Step:
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
+
+    @property
+    def candidates(self) -> int:
+        """How many nodes are worth proposing: four times the rows that the last forward had, and no fewer than
+        `FEWEST`, of those that one may have. Nodes that no forward verifies cost time all the same."""
+        return min(self.budget.max_rows, max(FEWEST, 4 * self.rows))

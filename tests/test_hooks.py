@@ -267,6 +267,25 @@ def test_hook_refine():
     assert model.stats.seconds["refine hangs"] > 0
 
 
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (lambda answer: answer.logits, "expected an Answer or None, got Tensor"),
+        (lambda answer: replace(answer, logits=answer.logits[:0]), "1 kinds of 0 rows"),
+        (lambda answer: replace(answer, tokens=torch.zeros(2, dtype=torch.long)), "2 tokens for 61 entries"),
+    ],
+)
+def test_an_answer_that_was_refined_to_nonsense(wrong, fault):
+    class Refines:
+        @hookimpl
+        def refine(self, answer):
+            return wrong(answer)
+
+    base = tiny()
+    with pytest.raises(MalformedDraft, match=f"refine, for drafter 'hangs', returned a malformed draft: {fault}"):
+        run(base, Hanging(base), plugins=[Refines()])
+
+
 def test_answers_are_gone_before_the_next_forward():
     """Its logits and the last one's are a good part of what a generation needs of memory."""
     told, left = [], []

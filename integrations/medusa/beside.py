@@ -86,6 +86,8 @@ def reread(down: Tensor, up: Tensor, states: Tensor, last: Tensor, root: Tensor)
 def by_distance(states: Tensor, distance: Ints) -> Tensor:
     """States of the rows of prompt tokens `[rows, hidden]`, averaged over those of each `distance` `[rows]`:
     `[distances, 1, hidden]`."""
+    if len(distance) == distance[-1] + 1:
+        return states[:, None]
     return torch.stack([states[torch.from_numpy(distance == i)].mean(0, keepdim=True) for i in range(distance[-1] + 1)])
 
 

@@ -215,7 +215,7 @@ class MedusaHeads(Shared):
         log_probs, tokens = self._guesses(placed, step.hidden_states[layer][-1:])
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
-        return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.budget.max_rows)
+        return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
 
     def _ready(self, model: PreTrainedModel) -> Placed:
         """The heads beside `model`, made once while its output head stays as it is."""
