@@ -78,9 +78,8 @@ def reread(down: Tensor, up: Tensor, states: Tensor, last: Tensor, root: Tensor)
         last: of the token that they hang from `[points, hidden]`.
         root: embedding of the token that followed it `[points, hidden]`.
     """
-    known = (each.expand_as(states) for each in (last, root))
-    seen = torch.cat([rms_norm(each, each.shape[-1:]) for each in (states, *known)], dim=-1)
-    return states + silu(seen @ down) @ up
+    seen = torch.stack([states, last.expand_as(states), root.expand_as(states)], dim=-2)
+    return states + silu(rms_norm(seen, seen.shape[-1:]).flatten(-2) @ down) @ up
 
 
 def by_distance(states: Tensor, distance: Ints) -> Tensor:

@@ -30,7 +30,7 @@ from .beside import PromptHeads, by_distance
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
-from .heads import Heads, Placed, place
+from .heads import Heads, Held, Placed, place
 from .layouts import LAYOUTS
 
 WIDTH = 10  # guesses taken from each head
@@ -192,7 +192,7 @@ class MedusaHeads(Shared):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the heads to the model's device and dtype."""
         (layer,) = self.hidden_layers(model)
-        step.memory[self] = layer, self._ready(model), model.get_input_embeddings()
+        step.memory[self] = Held(layer, self._ready(model), model.get_input_embeddings())
 
     @hookimpl
     def refine(self, step: Step, drafter: Any, answer: Answer) -> Answer | None:
@@ -201,18 +201,22 @@ class MedusaHeads(Shared):
         heads = self.prompt_heads
         if heads is None or not isinstance(drafter, PromptTokens) or drafter.digest != heads.prompt_tokens:
             return None
-        layer, placed, embed = step.memory[self]
+        held = step.memory[self]
         v = drafter.embeddings.shape[1]
-        states = by_distance(answer.hidden_states[layer], answer.kinds // v)
-        root = embed(torch.tensor([step.ids[-1]], device=states.device))
-        logits = placed.reread(states, step.hidden_states[layer][-1:], root)[:, 0]
-        return Answer(v * np.arange(len(states)), logits, {}, placed.heads.token_map)
+        states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)
+        root = held.embed(torch.tensor([step.ids[-1]], device=states.device))
+        logits = held.placed.reread(states, step.hidden_states[held.layer][-1:], root)[:, 0]
+        held.refined = step.index
+        return Answer(v * np.arange(len(states)), logits, {}, held.placed.heads.token_map)
 
     @hookimpl
-    def propose(self, step: Step) -> TokenTree:
-        """The static tree, or the likeliest paths when every distance is guessed on its own."""
-        layer, placed, _ = step.memory[self]
-        log_probs, tokens = self._guesses(placed, step.hidden_states[layer][-1:])
+    def propose(self, step: Step) -> TokenTree | None:
+        """The static tree, or the likeliest paths when every distance is guessed on its own. None where prompt tokens
+        are told better: that is known of more, and said once."""
+        held = step.memory[self]
+        if held.refined == step.index:
+            return None
+        log_probs, tokens = self._guesses(held.placed, step.hidden_states[held.layer][-1:])
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,16 @@ class Placed:
         """What `states` `[heads, rows, hidden]` mean by the output heads `[heads, rows, entries]` float32."""
         multiplied = product if self.packed else linear
         return self.finish(entry_logits(states, self.heads.outputs, self.output_bias, multiplied).float())
+
+
+@dataclass
+class Held:
+    """What is at hand for one sequence."""
+
+    layer: int  # whose hidden states are read
+    placed: Placed
+    embed: Any  # the model's input embedding
+    refined: int = -1  # the step at which prompt tokens were last told better
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
