@@ -14,9 +14,9 @@ from ppd_compose.integrations.medusa import train as train_module
 from ppd_compose.integrations.medusa.choices import Choices
 from ppd_compose.integrations.medusa.claims import calibrated, checked, fitted
 from ppd_compose.integrations.medusa.command import command
-from ppd_compose.integrations.medusa.heads import entry_logits, output_rows, residual
+from ppd_compose.integrations.medusa.heads import Output, entry_logits, output_rows, residual
 from ppd_compose.integrations.medusa.layouts import read_tensors, write_tensors
-from ppd_compose.integrations.medusa.loss import OUTSIDE, Blocks, Output
+from ppd_compose.integrations.medusa.loss import OUTSIDE, Blocks
 from ppd_compose.integrations.medusa.train import Batches, MedusaRecipe, frequent_tokens, train_heads, train_medusa
 from safetensors.torch import load_file, save_file
 from test_compose import tokenizer

@@ -9,7 +9,7 @@ import typer
 from ppd_compose.integrations.medusa import MedusaHeads, files, train_beside
 from ppd_compose.integrations.medusa.beside import FACTS, TENSORS, PromptHeads
 from ppd_compose.integrations.medusa.command_beside import command
-from ppd_compose.integrations.medusa.loss import Output
+from ppd_compose.integrations.medusa.heads import Output
 from ppd_compose.integrations.medusa.train_beside import BesideRecipe, PromptBatches, PromptBlocks, train_prompt_heads
 from safetensors.torch import save_file
 from test_compose import tokenizer
@@ -96,6 +96,30 @@ def test_other_prompt_tokens_speak_for_themselves():
     assert torch.equal(greedy(compose(base, medusa, tokens, budget=24, plugins=[listens])), greedy(base))
     assert listens.told
     assert all(answer.hidden_states for _, answer in listens.told)  # as they came from the forward
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_beside_heads_with_output_heads_of_their_own_the_bases_is_used(outputs):
+    base, tokens = tiny("granite"), prompt_tokens()
+    told = []
+    for heads in (random_heads(outputs=outputs), random_heads()):
+        listens = Listens(tokens)
+        medusa = MedusaHeads(heads, prompt_heads=prompt_heads(tokens))
+        greedy(compose(base, medusa, tokens, budget=24, plugins=[listens]))
+        told.append({tuple(ids): answer.logits for ids, answer in listens.told})
+    both = told[0].keys() & told[1].keys()
+    assert both
+    for ids in both:
+        mine, theirs = (logits[: min(len(told[0][ids]), len(told[1][ids]))] for logits in (told[0][ids], told[1][ids]))
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_heads_of_fewer_distances_speak_for_the_first():
+    base, tokens = tiny(), prompt_tokens()
+    listens = Listens(tokens)
+    medusa = MedusaHeads(random_heads(), prompt_heads=prompt_heads(tokens, distances=2))
+    assert torch.equal(greedy(compose(base, medusa, tokens, budget=24, plugins=[listens])), greedy(base))
+    assert {len(answer.kinds) for _, answer in listens.told} <= {1, 2}
 
 
 def test_prompt_tokens_are_told_apart_by_their_numbers():

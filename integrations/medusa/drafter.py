@@ -203,7 +203,7 @@ class MedusaHeads(Shared):
             return None
         held = step.memory[self]
         v = drafter.embeddings.shape[1]
-        states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)
+        states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)[: len(heads)]
         root = held.embed(torch.tensor([step.ids[-1]], device=states.device))
         logits = held.placed.reread(states, step.hidden_states[held.layer][-1:], root)[:, 0]
         held.refined = step.index

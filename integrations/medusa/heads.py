@@ -89,30 +89,44 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Output:
+    """The base's output head, as far as heads use it; it is not trained."""
+
+    weight: Tensor  # [entries, hidden]
+    bias: Tensor | None  # [entries]
+    finish: Finish = PLAIN
+    packed: bool = False  # it is multiplied with by a packed copy
+
+    def said(self, states: Tensor) -> Tensor:
+        """What `states` `[heads, points, hidden]` mean by it `[heads, points, entries]` float32."""
+        multiplied = product if self.packed else linear
+        return self.finish(multiplied(states, self.weight, self.bias).float())
+
+
+@dataclass(frozen=True)
 class Placed:
     """Heads ready to run beside one base: in its dtype, on its device, every output head at hand."""
 
     heads: Heads
-    output_bias: Tensor | None  # [entries]
+    output: Output | None  # the base's, where the heads have none of their own or prompt heads are there
     beside: PromptHeads | None = None
     packed: bool = False  # output heads are multiplied with by packed copies
-    finish: Finish = PLAIN  # the base's own, where its output head is used
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What each head says `[heads, rows, entries]` float32 after `hidden` `[rows, hidden]`."""
-        heads = self.heads
-        return self.said(residual(hidden.to(heads.weight), heads.weight, heads.bias))
+        heads, multiplied = self.heads, product if self.packed else linear
+        states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
+        if not heads.outputs:
+            assert self.output is not None
+            return self.output.said(states)
+        return entry_logits(states, heads.outputs, multiplied).float()
 
     def reread(self, states: Tensor, last: Tensor, root: Tensor) -> Tensor:
         """What prompt tokens say `[distances, rows, entries]` float32; see `beside.reread`."""
         assert self.beside is not None
+        assert self.output is not None
         like = self.beside.up
-        return self.said(self.beside(states.to(like), last.to(like), root.to(like)))
-
-    def said(self, states: Tensor) -> Tensor:
-        """What `states` `[heads, rows, hidden]` mean by the output heads `[heads, rows, entries]` float32."""
-        multiplied = product if self.packed else linear
-        return self.finish(entry_logits(states, self.heads.outputs, self.output_bias, multiplied).float())
+        return self.output.said(self.beside(states.to(like), last.to(like), root.to(like)))
 
 
 @dataclass
@@ -138,13 +152,13 @@ def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
 
 
 def place(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> Placed:
-    """Give `heads` and those `beside` them, which are on the model's device, its output head: referred to, or copied
-    rows of a token map."""
+    """Give `heads` and those `beside` them, which are on the model's device, its output head where one of them uses it:
+    referred to, or copied rows of a token map."""
     packed = is_packed(model)
-    if heads.outputs:
-        return Placed(heads, None, beside, packed)
-    weight, bias = output_rows(model, heads.token_map)
-    return Placed(replace(heads, outputs=(weight,)), bias, beside, packed, Finish.of(model))
+    if heads.outputs and beside is None:
+        return Placed(heads, None, None, packed)
+    output = Output(*output_rows(model, heads.token_map), Finish.of(model), packed)
+    return Placed(heads, output, beside, packed)
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,10 +170,8 @@ def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return states
 
 
-def entry_logits(
-    states: Tensor, outputs: Sequence[Tensor], bias: Tensor | None = None, multiplied: Callable[..., Tensor] = linear
-) -> Tensor:
+def entry_logits(states: Tensor, outputs: Sequence[Tensor], multiplied: Callable[..., Tensor] = linear) -> Tensor:
     """Logits `[heads, rows, entries]` of `states` `[heads, rows, hidden]` by one output head for all or one a head."""
     if len(outputs) == 1:
-        return multiplied(states, outputs[0], bias)
+        return multiplied(states, outputs[0])
     return torch.stack([multiplied(own, output) for own, output in zip(states, outputs, strict=True)])

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from ppd_compose.finish import PLAIN, Finish
 from ppd_compose.loop import Taught
 
-from .heads import entry_logits, residual
+from .heads import Output, residual
 
 OUTSIDE = -100  # in place of a token that the heads cannot choose
 
@@ -26,19 +25,6 @@ class Batch:
     states: Tensor  # [rows, hidden] of all positions, in the base's dtype
     points: Tensor  # [points], rows of `states`
     truth: Tensor  # [heads, points], entry of the token k + 1 after the point for head k from 1, or OUTSIDE
-
-
-@dataclass(frozen=True)
-class Output:
-    """The base's output head, as far as the heads use it; it is not trained."""
-
-    weight: Tensor  # [entries, hidden]
-    bias: Tensor | None  # [entries]
-    finish: Finish = PLAIN
-
-    def said(self, states: Tensor) -> Tensor:
-        """What `states` `[heads, points, hidden]` mean by it `[heads, points, entries]` float32."""
-        return self.finish(entry_logits(states, [self.weight], self.bias).float())
 
 
 class Blocks(nn.Module):

@@ -38,8 +38,8 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .card import model_card
 from .claims import fitted
 from .drafter import WIDTH, MedusaHeads
-from .heads import Heads
-from .loss import OUTSIDE, Batch, Blocks, Output
+from .heads import Heads, Output
+from .loss import OUTSIDE, Batch, Blocks
 
 
 @dataclass(frozen=True)

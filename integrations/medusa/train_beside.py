@@ -29,7 +29,8 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .beside import PromptHeads, reread
 from .card import model_card
 from .drafter import MedusaHeads
-from .loss import Batch, Blocks, Output
+from .heads import Output
+from .loss import Batch, Blocks
 from .train import Batches, HeadsRecipe, Told, evaluate
 
 
