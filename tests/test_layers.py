@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 # Each module may import only those before it.
 ORDER = [
-    "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "packed", "inplace", "cache", "modes",
+    "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "paging", "packed", "inplace", "cache", "modes",
     "prefix", "compiled",
     "grouped", "forward", "verify", "budget", "logit", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "sources", "paired", "drafters", "stats", "measured", "drafting", "decode",
