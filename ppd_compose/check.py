@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
+from torch import Tensor
 
 from .step import Answer
 from .tree import Appended, TokenTree
@@ -82,6 +83,8 @@ def check_answer(answer: object, drafter: str) -> Answer:
     who = f"refine, for drafter {drafter!r},"
     if not isinstance(answer, Answer):
         raise MalformedDraft(who, f"expected an Answer or None, got {type(answer).__name__}")
+    if not isinstance(answer.logits, Tensor) or answer.logits.ndim != 2:
+        raise MalformedDraft(who, f"logits must be a Tensor [rows, entries], got {answer.logits!r:.60}")
     rows, entries = answer.logits.shape
     if len(answer.kinds) != rows or not rows:
         raise MalformedDraft(who, f"{len(answer.kinds)} kinds of {rows} rows")

@@ -11,7 +11,7 @@ import torch
 from ppd_compose.integrations.recycling import TokenRecycling
 from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
 
-from ppd_compose import Appended, MalformedDraft, TokenTree, compose, hookimpl, hookspecs
+from ppd_compose import Appended, Budget, MalformedDraft, Step, TokenTree, compose, hookimpl, hookspecs
 from ppd_compose.alternatives import HighestClaim
 from ppd_compose.tree import row_depths
 
@@ -231,6 +231,14 @@ def test_hook_append():
         torch.testing.assert_close(logits[0], expected)
 
 
+def test_how_many_candidates_are_worth_proposing():
+    def worth(most, rows):
+        return Step([1], VOCAB, Budget.flat(most), 9, rows=rows).candidates
+
+    assert [worth(64, rows) for rows in (0, 1, 8, 9, 16, 64)] == [32, 32, 32, 36, 64, 64]
+    assert [worth(16, rows) for rows in (0, 16)] == [16, 16]
+
+
 def test_hook_refine():
     """An answer that its drafter finds, with the hidden states that were asked for."""
     base = tiny()
@@ -271,6 +279,8 @@ def test_hook_refine():
     ("wrong", "fault"),
     [
         (lambda answer: answer.logits, "expected an Answer or None, got Tensor"),
+        (lambda answer: replace(answer, logits=answer.logits[0]), r"logits must be a Tensor \[rows, entries\], got"),
+        (lambda answer: replace(answer, logits=None), r"logits must be a Tensor \[rows, entries\], got None"),
         (lambda answer: replace(answer, logits=answer.logits[:0]), "1 kinds of 0 rows"),
         (lambda answer: replace(answer, tokens=torch.zeros(2, dtype=torch.long)), "2 tokens for 61 entries"),
     ],
