@@ -110,13 +110,11 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     layers = _filled(cache)
     moved = [(to, row) for to, row in enumerate(path) if to != row]
     dropped = rows - len(path)
-    for layer in layers:
+    for layer in layers if moved else ():
         _move(layer, _held(layer) - rows, moved)
-    for layer in layers if dropped else ():
-        if not isinstance(layer, InPlaceLayer):
-            layer.keys, layer.values = _less(layer.keys, dropped), _less(layer.values, dropped)
     count(cache, -dropped)
-    for layer in layers:
+    for layer in _added_to(cache):
+        layer.keys, layer.values = _less(layer.keys, dropped), _less(layer.values, dropped)
         if layer.is_sliding:
             layer.cumulative_length -= dropped
             layer.crop(0)

@@ -45,14 +45,14 @@ def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
     rows = np.arange(len(tree))
     if tree.tokens[0] != root or tree.parents[0] != -1:
         yield f"row 0 must be the root, token {root} with parent -1; got {tree.tokens[0]}, {tree.parents[0]}"
-    if (bad := np.flatnonzero((tree.parents < 0) | (tree.parents >= rows))[1:]).size:
+    if (bad := ((tree.parents < 0) | (tree.parents >= rows)).nonzero()[0][1:]).size:
         yield f"node {bad[0]} has parent {tree.parents[bad[0]]}: a parent must come before its children"
-    if (bad := np.flatnonzero((tree.tokens < 0) | (tree.tokens >= vocab_size))).size:
+    if (bad := ((tree.tokens < 0) | (tree.tokens >= vocab_size)).nonzero()[0]).size:
         yield f"node {bad[0]} holds token {tree.tokens[bad[0]]}, outside the vocabulary of {vocab_size}"
     claim = tree.log_probs
-    if (bad := np.flatnonzero(~(claim <= 1e-6))).size:
+    if (bad := (~(claim <= 1e-6)).nonzero()[0]).size:
         yield f"node {bad[0]} claims log-probability {claim[bad[0]]}: it must be a number of at most 0"
-    if (bad := np.flatnonzero(claim[1:] > claim[tree.parents[1:]] + 1e-6)).size:
+    if (bad := (claim[1:] > claim[tree.parents[1:]] + 1e-6).nonzero()[0]).size:
         yield f"node {bad[0] + 1} claims more than its parent: log_probs are those of the whole path"
     if len(set((tree.parents * vocab_size + tree.tokens).tolist())) < len(tree):
         yield "two children of one node hold the same token"

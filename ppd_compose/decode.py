@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, StoppingCriteriaList
@@ -187,7 +186,7 @@ def _answers(node: int, nodes: int, appended: dict[Any, Appended], verified: Ver
     """What the rows that hang from `node` said, in a forward of a tree of `nodes` nodes and the rows appended to it."""
     answers, begin = {}, nodes
     for (drafter, rows), logits in zip(appended.items(), verified.appended, strict=True):
-        mine = np.flatnonzero(rows.nodes == node)
+        (mine,) = (rows.nodes == node).nonzero()
         states = {layer: _rows(told, mine + begin) for layer, told in verified.hidden_states.items()}
         answers[drafter] = Answer(rows.kinds[mine], _rows(logits, mine), states)
         begin += len(rows)

@@ -104,15 +104,18 @@ def _prompt_log_probs(
 
 
 @torch.no_grad()
-def prompt_states(base: PreTrainedModel, embeddings: Tensor, prefix: Tensor | None, batch: Batch) -> Tensor:
-    """Last hidden states `[batch, count, n, hidden]` of the prompt tokens `embeddings` `[n, v, hidden]` and their
-    `prefix` after the points of `batch`, averaged over each prompt token's embeddings."""
+def last_states(
+    base: PreTrainedModel, embeddings: Tensor, prefix: Tensor | None, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states of the sequences `[batch, length, hidden]`, and of the prompt tokens `embeddings`
+    `[n, v, hidden]` and their `prefix` after the points of `batch`, averaged over each prompt token's embeddings
+    `[batch, count, n, hidden]`."""
     layer = base.config.get_text_config().num_hidden_layers
-    cache = DynamicCache(config=base.config)
-    base(input_ids=batch.ids, **with_cache(base, cache), **only_last(base))
+    cache, only = DynamicCache(config=base.config), {**states_wanted([layer]), **only_last(base)}
+    context = base(input_ids=batch.ids, **with_cache(base, cache), **only).hidden_states[layer]
     rows = _rows(base, cache, embeddings.to(base.device), prefix, batch)
-    states: Tensor = base(**rows, **states_wanted([layer]), **only_last(base)).hidden_states[layer]
-    return states.view(*batch.points.shape, *embeddings.shape).mean(3)
+    states: Tensor = base(**rows, **only).hidden_states[layer]
+    return context, states.view(*batch.points.shape, *embeddings.shape).mean(3)
 
 
 def _rows(

@@ -83,7 +83,7 @@ class Evidence:
         tokens, parents, places = joined(trees)
         claims, sources = np.full((len(tokens), len(self.drafters)), -np.inf), np.zeros(len(tokens), np.int64)
         for tree, at in zip(trees, places, strict=True):
-            mine = np.flatnonzero(tree.sources)
+            (mine,) = tree.sources.nonzero()
             if len(mine):
                 drafter = int(tree.sources[mine[0]]).bit_length() - 1
                 paths = np.maximum(tree.log_probs, NEVER)
@@ -109,7 +109,7 @@ class Evidence:
         right = np.zeros(len(group), bool)
         right[path] = True
         for depth, learner in enumerate(self.learners, 1):
-            among = np.flatnonzero((group >= 0) & (heard.depths == depth))
+            (among,) = ((group >= 0) & (heard.depths == depth)).nonzero()
             if len(among):
                 # The first of these choices is below the node of the path at `depth - 1`, and none is left out.
                 learner.learn(heard.features[among], group[among] - (depth - 1), right[among])
@@ -119,14 +119,15 @@ class Evidence:
         guess there; then, did several name it."""
         named: Bools = claims > -np.inf
         above = np.maximum(parents, 0)
-        mass, highest = np.zeros_like(claims), np.full_like(claims, -np.inf)
-        np.add.at(mass, above, np.exp(claims))
-        np.maximum.at(highest, above, claims)
+        cells = (above[:, None] * claims.shape[1] + np.arange(claims.shape[1])).ravel()
+        mass = np.bincount(cells, np.exp(claims).ravel(), claims.size).reshape(claims.shape)
+        highest = np.full(claims.size, -np.inf)
+        np.maximum.at(highest, cells, claims.ravel())
         features = np.empty((len(claims), 4 * claims.shape[1] + 1))
         features[:, 0:-1:4] = named
-        features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.clip(1 - mass, LEAST, 1))[above])
+        features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
         features[:, 2:-1:4] = (mass > 0)[above] & ~named
-        features[:, 3:-1:4] = named & (claims == highest[above])
+        features[:, 3:-1:4] = named & (claims == highest[cells].reshape(claims.shape))
         features[:, -1] = named.sum(1) > 1
         return features
 

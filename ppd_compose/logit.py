@@ -31,6 +31,7 @@ class ConditionalLogit:
         self.prior, self.weights = prior, prior.copy()
         self.held = np.diag(information)
         self.information = self.held.copy()
+        self.steady = STEADY * np.eye(len(prior))
 
     def restore(self, weights: Floats, information: Floats) -> None:
         """Go on from these `weights` `[features]` and `information` `[features, features]`, once learnt by another.
@@ -61,12 +62,11 @@ class ConditionalLogit:
         `chances`."""
         chances = self.chances(features, group)
         weighted = chances[:, None] * features
-        means = np.zeros((group.max() + 1, len(self.weights)))
-        np.add.at(means, group, weighted)
+        means = (np.arange(group.max() + 1)[:, None] == group).astype(float) @ weighted
         forgotten = 1 - FORGET ** len(means)
         self.information += forgotten * (self.held - self.information) + weighted.T @ features - means.T @ means
         slope = (happened - chances) @ features + forgotten * self.held @ (self.prior - self.weights)
-        change = np.linalg.solve(self.information + STEADY * np.eye(len(slope)), slope)
+        change = np.linalg.solve(self.information + self.steady, slope)
         # The curvature holds nearby only: no alternative's log-odds may move far at once.
         self.weights = self.weights + change * min(1.0, FARTHEST / max(np.abs(features @ change).max(), 1e-9))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
 from .step import Answer, Step
 from .top import best_tokens
-from .tree import Appended, Floats, TokenTree
+from .tree import Appended, Floats, Ints, TokenTree
 
 RANKS = 1000  # of guesses whose accuracy is told, at most
 WIDTH = 10  # guesses taken from each distance
@@ -173,17 +173,8 @@ class PromptTokens(Shared):
     def append(self, step: Step, tree: TokenTree) -> Appended:
         """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
-        rows = np.arange(nodes * n * v).reshape(nodes, n, v)
-        parents = nodes + rows - v
-        parents[:, 0] = np.arange(nodes)[:, None]
-        gains = tree.stop_chances()[:, None, None] * (self.gains / v)[:, None]
-        return Appended(
-            step.memory[self],
-            np.tile(np.arange(n * v), nodes),
-            parents.ravel(),
-            np.repeat(np.arange(nodes), n * v),
-            np.broadcast_to(gains, rows.shape).ravel(),
-        )
+        gains = tree.stop_chances()[:, None] * np.repeat(self.gains / v, v)
+        return Appended(step.memory[self], *_below(nodes, n, v), gains.ravel())
 
     def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
@@ -195,6 +186,18 @@ class PromptTokens(Shared):
             logits = torch.stack([average(group) for group in groups])
         log_probs, best = best_tokens(logits, WIDTH)
         return log_probs, best if answer.tokens is None else answer.tokens[best]
+
+
+@lru_cache
+def _below(nodes: int, n: int, v: int) -> tuple[Ints, Ints, Ints]:
+    """Embedding, parent and node `[rows]` of each row when all prompt tokens stand below `nodes` nodes."""
+    rows = np.arange(nodes * n * v).reshape(nodes, n, v)
+    parents = nodes + rows - v
+    parents[:, 0] = np.arange(nodes)[:, None]
+    below = np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
+    for column in below:
+        column.flags.writeable = False  # the next caller gets the same
+    return below
 
 
 def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:

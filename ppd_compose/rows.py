@@ -84,10 +84,11 @@ class BestRows:
         self._judge(step, tree, pace)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
         values = _capped(stacked_parents(tree, appended), np.concatenate([np.exp(tree.log_probs), *gains]))
-        best = np.argsort(-values, kind="stable")[: len(pace.curve)]
-        net = np.cumsum(values[best]) - pace.rate * pace.curve[: len(best)]
+        best = (-values).argsort(kind="stable")[: len(pace.curve)]
+        net = values[best].cumsum() - pace.rate * pace.curve[: len(best)]
         sizes = _sizes(len(best))
-        keep = np.sort(best[: sizes[np.argmax(net[sizes - 1])]])
+        keep = best[: sizes[net[sizes - 1].argmax()]]
+        keep.sort()
         nodes = depth_first(tree, keep[keep < len(tree)])
         fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
         self.worth.promise(step, riding, tree.stop_chances()[nodes])

@@ -70,8 +70,7 @@ class Stats:
         for counts, nodes in ((self.candidates, range(len(tree))), (self.accepted, step.path)):
             for bit, name in enumerate(self.drafters):
                 counts[name].update([depths[node] for node in nodes if sources[node] >> bit & 1])
-        chances, right = judged(tree, step.path, step.ids[-len(step.path) :])
-        for chance, came_true in zip(chances.tolist(), right.tolist(), strict=True):
+        for chance, came_true in judged(tree, step.path, step.ids[-len(step.path) :]):
             tenth = self.claims[min(int(TENTHS * chance), TENTHS - 1)]
             tenth[:] = tenth[0] + 1, tenth[1] + chance, tenth[2] + came_true
 

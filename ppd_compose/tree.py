@@ -5,6 +5,7 @@ Knows how trees are built, cut, merged and checked. Does not know models or wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -56,14 +57,15 @@ class TokenTree:
         offset = 0
         for words, claims in zip(tokens, log_probs, strict=True):
             # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
-            claimed = levels[-1][2]
+            claimed, words = levels[-1][2], np.asarray(words)
             scores = (claimed[:, None] + np.asarray(claims)).ravel()
-            best = np.argsort(-scores, kind="stable")[:size]
-            levels.append((np.asarray(words)[best % np.size(words)], offset + best // np.size(words), scores[best]))
+            best = (-scores).argsort(kind="stable")[:size]
+            levels.append((words[best % words.size], offset + best // words.size, scores[best]))
             offset += len(claimed)
         columns = [np.concatenate(column) for column in zip(*levels, strict=True)]
         # Stable, and a parent stands before its children: of equals it is taken first.
-        kept = np.sort(np.argsort(-columns[2], kind="stable")[:size])
+        kept = (-columns[2]).argsort(kind="stable")[:size]
+        kept.sort()
         at = renumber(kept, len(columns[0]))
         return cls.of(columns[0][kept], at[columns[1][kept]], columns[2][kept])
 
@@ -88,7 +90,7 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`."""
-        found = np.flatnonzero((self.parents == node) & (self.tokens == token))
+        (found,) = ((self.parents == node) & (self.tokens == token)).nonzero()
         return int(found[0]) if len(found) else None
 
     def stop_chances(self) -> Floats:
@@ -152,8 +154,9 @@ def depth_first(tree: TokenTree, nodes: Ints) -> Ints:
     """`nodes`, closed under parents, so that the likeliest path comes first: when that one is accepted, its keys and
     values stand in the KV cache where they shall stay."""
     children: dict[int, list[int]] = {}
-    for node in nodes[np.argsort(tree.log_probs[nodes], kind="stable")].tolist():
-        children.setdefault(int(tree.parents[node]), []).append(node)
+    ascending = nodes[tree.log_probs[nodes].argsort(kind="stable")]
+    for node, parent in zip(ascending.tolist(), tree.parents[ascending].tolist(), strict=True):
+        children.setdefault(parent, []).append(node)
     order: list[int] = []
     stack = [0]
     while stack:
@@ -179,17 +182,17 @@ def row_depths(parents: Ints) -> Ints:
     return np.asarray(depths, np.int64)
 
 
-def judged(tree: TokenTree, path: Sequence[int], following: Sequence[int]) -> tuple[Floats, Bools]:
-    """Of the nodes below those of the accepted `path`, the chances that they claimed given their parents, and which of
-    them came true; `following[i]` is the token after `path[i]`."""
-    place = np.full(len(tree) + 1, -1)  # the last entry is for the root's parent
-    place[path] = np.arange(len(path))
-    place = place[tree.parents]
-    below = np.flatnonzero(place >= 0)
-    paths = np.maximum(tree.log_probs, NEVER)
-    claims = np.exp(paths[below] - paths[tree.parents[below]])
-    right: Bools = tree.tokens[below] == np.asarray(following)[place[below]]
-    return claims, right
+def judged(tree: TokenTree, path: Sequence[int], following: Sequence[int]) -> list[tuple[float, bool]]:
+    """Of each node below those of the accepted `path`, the chance that it claimed given its parent, and whether it
+    came true; `following[i]` is the token after `path[i]`."""
+    follows = dict(zip(path, following, strict=True))
+    paths = np.maximum(tree.log_probs, NEVER).tolist()
+    nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), paths, strict=True)
+    return [
+        (math.exp(claim - paths[parent]), token == follows[parent])
+        for token, parent, claim in nodes
+        if parent in follows
+    ]
 
 
 def path_log_probs(given: Floats, parents: Ints) -> Floats:

@@ -83,7 +83,7 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
     riding = step.rows - (0 if step.tree is None else len(step.tree))
     price = price[min(riding, len(price) - 1) :]
     earned = np.exp(tree.log_probs)
-    order = np.argsort(-earned, kind="stable")
+    order = (-earned).argsort(kind="stable")
     every = _best(earned[order], price)
     return [every - _best(earned[order[~gone[order]]], price) for gone in _alone(step, tree)]
 
@@ -101,4 +101,4 @@ def _alone(step: Step, tree: TokenTree) -> Bools:
 def _best(earned: Floats, price: Floats) -> float:
     """The most that a cut of descending earnings yields, which takes at least the root."""
     size = min(len(earned), len(price))
-    return float(np.max(np.cumsum(earned[:size]) - price[:size]))
+    return float((earned[:size].cumsum() - price[:size]).max())

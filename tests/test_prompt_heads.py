@@ -207,6 +207,23 @@ def test_heads_begin_as_what_the_prompt_tokens_say(v):
     torch.testing.assert_close(batch.roots[0], base.get_input_embeddings()(ids[0, point + 1]))
 
 
+def test_every_epoch_draws_other_points_of_what_the_base_said_once():
+    base, tokens = tiny(dtype=torch.float32), prompt_tokens()
+    forwards = [0]
+    base.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    mine = replies(base, 3)
+    forwards[0] = 0
+    batches = PromptBatches(base, RECIPE, None, tokens)
+    first, asked = batches(mine, 0), forwards[0]
+    again = batches(mine, 1)
+    assert (asked, forwards[0]) == (2 * len(mine), 2 * len(mine))  # of each reply one, of its prompt tokens another
+    torch.testing.assert_close(again.states, first.states)
+    assert not torch.equal(again.points, first.points)
+    for point, states in zip(again.points.tolist(), again.prompts.transpose(0, 1), strict=True):
+        if point in (drawn := first.points.tolist()):
+            torch.testing.assert_close(states, first.prompts[:, drawn.index(point)])
+
+
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
     base = tiny(dtype=torch.float32).train()
     before = {name: value.clone() for name, value in base.state_dict().items()}

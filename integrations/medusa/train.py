@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from ppd_compose.loop import (
 )
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
-from ppd_compose.states import ReplyStates
+from ppd_compose.states import Kept, ReplyStates
 from ppd_compose.top import best_tokens
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
@@ -150,13 +151,23 @@ def frequent_tokens(replies: Sequence[Reply], count: int) -> Tensor:
     return torch.tensor(sorted(ranked[:count]), dtype=torch.int64, device="cpu")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A reply in a batch."""
+
+    reply: Reply
+    ids: Tensor  # [length] int64, its tokens that are used, on the host
+    points: Tensor  # [count] int64, the positions drawn in it, on the host
+    states: Mapping[Any, Tensor]  # what the base says of it, on the base's device
+
+
 class Batches:
     """Replies as batches for the loss: hidden states, points drawn from seed and number, and the truth at them."""
 
     def __init__(self, base: PreTrainedModel, recipe: HeadsRecipe, tokens: Tensor | None) -> None:
         self.recipe, self.device = recipe, base.device
         self.layer = base.config.get_text_config().num_hidden_layers
-        self.states = ReplyStates(base, [self.layer], recipe.max_length)
+        self.states: Kept[Any] = ReplyStates(base, [self.layer], recipe.max_length)
         size = Identity.of(base).vocab_size
         self.entry = torch.arange(size, device="cpu")
         if tokens is not None:
@@ -165,21 +176,23 @@ class Batches:
 
     def __call__(self, replies: Sequence[Reply], number: int) -> Batch:
         """The batch `number` of `replies`, on the base's device."""
-        ahead = self.recipe.heads
-        states, points, truth, offset = [], [], [], 0
-        for reply, ids, drawn in self.drawn(replies, number):
-            states.append(self.states(reply)[self.layer])
-            points.append(offset + drawn)
-            truth.append(self.entry[ids[drawn + 1 + torch.arange(1, ahead + 1, device="cpu")[:, None]]])
-            offset += len(ids)
-        return Batch(torch.cat(states), torch.cat(points).to(self.device), torch.cat(truth, 1).to(self.device))
-
-    def drawn(self, replies: Sequence[Reply], number: int) -> Iterator[tuple[Reply, Tensor, Tensor]]:
-        """Each of `replies`, its tokens `[length]` int64, and the points drawn in it `[count]` int64, on the host."""
-        dice = dice_of(self.recipe, number)
+        dice, drawn = dice_of(self.recipe, number), []
         for reply in replies:
             ids = torch.tensor(reply.ids[: self.recipe.max_length], device="cpu")
-            yield reply, ids, draw_points(reply, self.recipe, self.recipe.heads, dice)
+            points = draw_points(reply, self.recipe, self.recipe.heads, dice)
+            drawn.append(Drawn(reply, ids, points, self.states(reply)))
+        return self.made(drawn)
+
+    def made(self, drawn: Sequence[Drawn]) -> Batch:
+        """The batch of what was `drawn`."""
+        ahead = torch.arange(1, self.recipe.heads + 1, device="cpu")[:, None]
+        states, points, truth, offset = [], [], [], 0
+        for each in drawn:
+            states.append(each.states[self.layer])
+            points.append(offset + each.points)
+            truth.append(self.entry[each.ids[each.points + 1 + ahead]])
+            offset += len(each.ids)
+        return Batch(torch.cat(states), torch.cat(points).to(self.device), torch.cat(truth, 1).to(self.device))
 
 
 @torch.no_grad()

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose import PromptTokens
 from ppd_compose.checkpoints import discard
 from ppd_compose.distill import Batch as Inserted
-from ppd_compose.distill import prompt_states
+from ppd_compose.distill import last_states
 from ppd_compose.finish import Finish, output_rows
-from ppd_compose.loop import Taught, frozen, replies_of_batch, run, usable, within_window
+from ppd_compose.loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
+from ppd_compose.states import Kept
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .beside import PromptHeads, reread
@@ -31,16 +32,17 @@ from .card import model_card
 from .drafter import MedusaHeads
 from .heads import Output
 from .loss import Batch, Blocks
-from .train import Batches, HeadsRecipe, Told, evaluate
+from .train import Batches, Drawn, HeadsRecipe, Told, evaluate
 
 
 @dataclass(frozen=True)
 class BesideRecipe(HeadsRecipe):
     """What decides trained prompt heads, of which there are as many as prompt tokens. `width`: of the layer between."""
 
-    points: int = 96
-    learning_rate: float = 1e-3
-    width: int = 256
+    batch_size: int = 4
+    points: int = 128
+    learning_rate: float = 2e-3
+    width: int = 192
 
 
 def train_beside(
@@ -124,23 +126,31 @@ class PromptBatch(Batch):
 
 
 class PromptBatches(Batches):
-    """Batches with the states of prompt tokens inserted at their points."""
+    """Batches with the states of prompt tokens inserted at their points. Those at all points of a reply are asked for
+    with the reply's own, so that every epoch draws from them."""
 
     def __init__(
         self, base: PreTrainedModel, recipe: BesideRecipe, tokens: Tensor | None, prompt: PromptTokens
     ) -> None:
         super().__init__(base, recipe, tokens)
         self.base, self.prompt = base, prompt
+        self.states = Kept(base, self._ask)
 
     @torch.no_grad()
-    def __call__(self, replies: Sequence[Reply], number: int) -> PromptBatch:
-        batch, prompts, roots = super().__call__(replies, number), [], []
-        for _, ids, drawn in self.drawn(replies, number):
-            inserted = Inserted(ids[None], drawn[None]).to(self.device)
-            states = prompt_states(self.base, self.prompt.embeddings, self.prompt.keys_values, inserted)
-            prompts.append(states[0].transpose(0, 1))
-            roots.append(self.base.get_input_embeddings()(ids[drawn + 1].to(self.device)))
+    def made(self, drawn: Sequence[Drawn]) -> PromptBatch:
+        batch, prompts, roots = super().made(drawn), [], []
+        for each in drawn:
+            first = points_of(each.reply, self.recipe, self.recipe.heads).start
+            prompts.append(each.states["prompts"][:, (each.points - first).to(self.device)])
+            roots.append(self.base.get_input_embeddings()(each.ids[each.points + 1].to(self.device)))
         return PromptBatch(batch.states, batch.points, batch.truth, torch.cat(prompts, 1), torch.cat(roots))
+
+    def _ask(self, reply: Reply) -> dict[int | str, Tensor]:
+        ids = torch.tensor([reply.ids[: self.recipe.max_length]], device="cpu")
+        points = torch.tensor([points_of(reply, self.recipe, self.recipe.heads)], device="cpu")
+        inserted = Inserted(ids, points).to(self.device)
+        context, prompts = last_states(self.base, self.prompt.embeddings, self.prompt.keys_values, inserted)
+        return {self.layer: context[0], "prompts": prompts[0].transpose(0, 1)}
 
 
 class PromptBlocks(Blocks):
