@@ -174,7 +174,8 @@ class PromptTokens(Shared):
         """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
         gains = tree.stop_chances()[:, None] * np.repeat(self.gains / v, v)
-        return Appended(step.memory[self], *_below(nodes, n, v), gains.ravel())
+        kinds, parents, hung = (column.copy() for column in _below(nodes, n, v))  # the next caller gets the same
+        return Appended(step.memory[self], kinds, parents, hung, gains.ravel())
 
     def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
@@ -194,10 +195,7 @@ def _below(nodes: int, n: int, v: int) -> tuple[Ints, Ints, Ints]:
     rows = np.arange(nodes * n * v).reshape(nodes, n, v)
     parents = nodes + rows - v
     parents[:, 0] = np.arange(nodes)[:, None]
-    below = np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
-    for column in below:
-        column.flags.writeable = False  # the next caller gets the same
-    return below
+    return np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
 
 
 def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:
