@@ -66,6 +66,13 @@ class Decoding:
 
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
+        try:
+            return self._decoded()
+        finally:
+            with self.stats.stage("observe"):
+                self.stats.settle()
+
+    def _decoded(self) -> Tensor:
         with self.stats.stage("prefill"):
             verified = self.prefill()
         # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
@@ -205,12 +212,12 @@ class Growing:
 
     def __init__(self, ids: Tensor) -> None:
         self.length = ids.shape[1]
-        self.buffer = nn.functional.pad(ids.long(), (0, max(64, self.length)))
+        self._keep(nn.functional.pad(ids.long(), (0, max(64, self.length))))
 
     def append(self, token: int) -> None:
         if self.length == self.buffer.shape[1]:
-            self.buffer = torch.cat([self.buffer, torch.zeros_like(self.buffer)], dim=1)
-        self.buffer[0, self.length] = token
+            self._keep(torch.cat([self.buffer, torch.zeros_like(self.buffer)], dim=1))
+        self.row[self.length] = token
         self.length += 1
 
     def first(self, length: int) -> Tensor:
@@ -218,3 +225,7 @@ class Growing:
 
     def all(self) -> Tensor:
         return self.first(self.length)
+
+    def _keep(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.row: Any = buffer[0].numpy() if buffer.device.type == "cpu" else buffer[0]  # written fifty times as fast

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .forest import Committed, Forest
 from .hookspecs import hookimpl
 from .logit import ConditionalLogit, shares
 from .step import Step
@@ -18,6 +19,7 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs,
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
+TOGETHER, EARLY = 8, 32  # steps are learnt from so many at a time, at first one at a time, one more after each 32
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -54,9 +56,12 @@ class Evidence:
         held = np.append(np.tile(holds, len(drafters)), holds[0])
         self.learners = [ConditionalLogit(prior, held) for _ in range(DEPTHS)]
         self.drafters = tuple(drafters)
+        self.waiting: list[tuple[Heard, Sequence[int]]] = []  # steps that are not learnt from yet
+        self.seen = 0  # steps, those that wait included
 
     def learnt(self) -> dict[str, Any]:
         """What was learnt, as plain data."""
+        self.settle()
         learners = [{"weights": x.weights.tolist(), "information": x.information.tolist()} for x in self.learners]
         return {"drafters": list(self.drafters), "learnt": learners}
 
@@ -101,18 +106,25 @@ class Evidence:
         heard = step.memory.pop(self, None)
         if heard is None:
             return
-        path = _known(heard.tree, step.ids[-len(step.path) :])
-        # What follows the last token is not known yet, whether or not it was drafted.
-        group = np.full(len(heard.tree) + 1, -1)
-        group[path[: len(step.path)]] = np.arange(min(len(path), len(step.path)))
-        group = group[heard.tree.parents]
-        right = np.zeros(len(group), bool)
-        right[path] = True
+        self.waiting.append((heard, step.ids[-len(step.path) :]))
+        self.seen += 1
+        if len(self.waiting) >= min(TOGETHER, self.seen // EARLY + 1):
+            self.settle()
+
+    def settle(self) -> None:
+        """Learn from the steps that wait for it."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        forest = Forest.of([_followed(heard.tree, following) for heard, following in waiting])
+        features = np.concatenate([heard.features for heard, _ in waiting])
+        depths = np.concatenate([heard.depths for heard, _ in waiting])
+        choice, right = forest.choices()
         for depth, learner in enumerate(self.learners, 1):
-            (among,) = ((group >= 0) & (heard.depths == depth)).nonzero()
+            (among,) = ((choice >= 0) & (depths == depth)).nonzero()
             if len(among):
-                # The first of these choices is below the node of the path at `depth - 1`, and none is left out.
-                learner.learn(heard.features[among], group[among] - (depth - 1), right[among])
+                _, group = np.unique(choice[among], return_inverse=True)
+                learner.learn(features[among], group, right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
         """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best
@@ -133,18 +145,20 @@ class Evidence:
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:
         """Log of the chance of each path `[nodes]`."""
-        weights = np.stack([learner.weights for learner in self.learners])
-        scores = (features[1:] * weights[depths[1:] - 1]).sum(1)
-        chances = np.append(1.0, shares(scores, parents[1:]))
+        weights = np.array([learner.weights for learner in self.learners])
+        chances = np.ones(len(features))
+        chances[1:] = shares((features[1:] * weights[depths[1:] - 1]).sum(1), parents[1:])
         return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
 
 
-def _known(tree: TokenTree, following: Sequence[int]) -> list[int]:
-    """The nodes of `tree`, from the root on, that hold the tokens that followed."""
-    path = [0]
+def _followed(tree: TokenTree, following: Sequence[int]) -> Committed:
+    """The nodes of `tree`, from the root on, after which it is known what `following`; what follows the last token is
+    not, whether or not it was drafted."""
+    path: list[int] = []
+    node: int | None = 0
     for token in following:
-        child = tree.child(path[-1], token)
-        if child is None:
+        if node is None:
             break
-        path.append(child)
-    return path
+        path.append(node)
+        node = tree.child(node, token)
+    return Committed(tree, path, following[: len(path)])

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from .forest import Committed, Forest
 from .step import Step
-from .tree import judged, row_depths
 
 TENTHS = 10  # of the chances that guesses claim, which are counted apart
+TOGETHER = 32  # steps whose nodes are counted at a time
 
 
 @dataclass
 class Stats:
-    """Counts of one call of `generate`. Depth 1 is the first guessed token."""
+    """Counts of one call of `generate`. Depth 1 is the first guessed token.
+
+    Whoever looks while the call goes on sees `expected`, `candidates`, `accepted` and `claims` of all but the last
+    steps, fewer than 32.
+    """
 
     drafters: tuple[str, ...] = ()
     forwards: int = 0  # the prefill, which yields the first token, and the verify forwards
@@ -34,6 +39,7 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # By tenth of the chance that guesses below accepted nodes claimed: how many, the sum of chances, how many right.
     claims: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(TENTHS)])
+    waiting: list[Committed] = field(default_factory=list, repr=False)  # steps whose nodes are not counted yet
 
     @property
     def tokens_per_forward(self) -> float:
@@ -58,21 +64,33 @@ class Stats:
             self.seconds[name] += time.perf_counter() - begin
 
     def count(self, step: Step) -> None:
-        """Take up one committed step."""
-        tree = step.tree
-        if tree is None:
+        """Take up one committed step; its nodes when there are enough of them, see `settle`."""
+        if step.tree is None:
             return
         self.forwards += 1
         self.tokens += len(step.path)
-        self.expected += float(np.exp(tree.log_probs).sum())
         self.rows += step.rows
-        depths, sources = row_depths(tree.parents).tolist(), tree.sources.tolist()
-        for counts, nodes in ((self.candidates, range(len(tree))), (self.accepted, step.path)):
-            for bit, name in enumerate(self.drafters):
-                counts[name].update([depths[node] for node in nodes if sources[node] >> bit & 1])
-        for chance, came_true in judged(tree, step.path, step.ids[-len(step.path) :]):
-            tenth = self.claims[min(int(TENTHS * chance), TENTHS - 1)]
-            tenth[:] = tenth[0] + 1, tenth[1] + chance, tenth[2] + came_true
+        self.waiting.append(Committed(step.tree, step.path, step.ids[-len(step.path) :]))
+        if len(self.waiting) == TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the nodes of the steps that wait for it."""
+        steps, self.waiting = self.waiting, []
+        if not steps:
+            return
+        forest = Forest.of(steps)
+        self.expected += float(np.exp(forest.log_probs).sum())
+        depths, sources = forest.depths, forest.sources
+        for bit, name in enumerate(self.drafters):
+            mine = (sources >> bit & 1) > 0
+            self.candidates[name].update(depths[mine].tolist())
+            self.accepted[name].update(depths[forest.path][mine[forest.path]].tolist())
+        chances, right = forest.judged()
+        tenths = np.minimum((TENTHS * chances).astype(np.int64), TENTHS - 1)
+        for column, told in enumerate((np.ones(len(chances)), chances, right)):
+            for tenth, add in zip(self.claims, np.bincount(tenths, told, TENTHS).tolist(), strict=True):
+                tenth[column] += add
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Stats:

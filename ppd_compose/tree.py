@@ -5,9 +5,9 @@ Knows how trees are built, cut, merged and checked. Does not know models or wher
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+SPREAD = 2**32  # more than there are tokens
 NEVER = -1e3  # logarithm of the chance of a path; fainter ones count as this
 
 
@@ -90,8 +91,12 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`."""
-        (found,) = ((self.parents == node) & (self.tokens == token)).nonzero()
-        return int(found[0]) if len(found) else None
+        return self.places.get(node * SPREAD + token)
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Every node, by its parent and token, the former times `SPREAD`."""
+        return {key: node for node, key in enumerate((self.parents * SPREAD + self.tokens).tolist())}
 
     def stop_chances(self) -> Floats:
         """Claimed chance, for each node, that it is the last one accepted `[nodes]`."""
@@ -175,24 +180,11 @@ def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[
 
 
 def row_depths(parents: Ints) -> Ints:
-    """Depth of every row `[rows]`, 0 for the root."""
-    depths = [0] * len(parents)
-    for row, parent in enumerate(parents.tolist()[1:], 1):
-        depths[row] = depths[parent] + 1
+    """Depth of every row `[rows]`, 0 for a root."""
+    depths: list[int] = []
+    for parent in parents.tolist():
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
     return np.asarray(depths, np.int64)
-
-
-def judged(tree: TokenTree, path: Sequence[int], following: Sequence[int]) -> list[tuple[float, bool]]:
-    """Of each node below those of the accepted `path`, the chance that it claimed given its parent, and whether it
-    came true; `following[i]` is the token after `path[i]`."""
-    follows = dict(zip(path, following, strict=True))
-    paths = np.maximum(tree.log_probs, NEVER).tolist()
-    nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), paths, strict=True)
-    return [
-        (math.exp(claim - paths[parent]), token == follows[parent])
-        for token, parent, claim in nodes
-        if parent in follows
-    ]
 
 
 def path_log_probs(given: Floats, parents: Ints) -> Floats:
@@ -215,15 +207,15 @@ def ancestors(parents: Ints) -> Bools:
 
 def joined(trees: Sequence[TokenTree]) -> tuple[Ints, Ints, list[Ints]]:
     """Tokens and parents `[nodes]` of every path of `trees` once, and for each tree where its nodes are there."""
-    index: dict[tuple[int, int], int] = {(-1, int(trees[0].tokens[0])): 0}
+    index: dict[int, int] = {}  # as `TokenTree.places`
     places = []
     for tree in trees:
         at: list[int] = []
         for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-            at.append(index.setdefault((at[parent] if parent >= 0 else -1, token), len(index)))
+            at.append(index.setdefault((at[parent] if parent >= 0 else -1) * SPREAD + token, len(index)))
         places.append(np.asarray(at))
-    parents, tokens = np.asarray(list(index), np.int64).T
-    return tokens, parents, places
+    keys = np.fromiter(index, np.int64, len(index))
+    return keys % SPREAD, keys // SPREAD, places
 
 
 def union(trees: Sequence[TokenTree]) -> TokenTree:

@@ -13,7 +13,7 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "paging", "packed", "inplace", "cache",
     "modes", "prefix", "compiled", "grouped", "forward", "verify", "budget",
-    "logit", "evidence", "worth", "asking", "rows", "alternatives",
+    "logit", "forest", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "sources", "paired", "drafters", "stats", "measured", "drafting", "decode",
     "refuse", "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter",
     "peft_method", "card",

@@ -6,7 +6,8 @@ import torch
 from tiny import array
 
 from ppd_compose import Appended, TokenTree
-from ppd_compose.tree import ancestors, cut, depth_first, judged, row_depths, shallow, stacked_parents, union
+from ppd_compose.forest import Committed, Forest
+from ppd_compose.tree import ancestors, cut, depth_first, row_depths, shallow, stacked_parents, union
 
 
 def paths(tree):
@@ -97,8 +98,11 @@ def test_the_likeliest_path_comes_first():
     assert depth_first(tree, np.array([0, 1, 3, 2])).tolist() == [0, 2, 3, 1]
 
 
-def test_what_an_accepted_path_tells_of_the_guesses_below_it():
+def test_what_accepted_paths_tell_of_the_guesses_below_them():
     drafted = TokenTree.of([7, 3, 4, 5, 6], [-1, 0, 0, 2, 1], np.log([1.0, 0.5, 0.4, 0.1, 0.2]))
-    claims, right = zip(*judged(drafted, [0, 2], [4, 9]), strict=True)
-    assert claims == pytest.approx([0.5, 0.4, 0.25])
-    assert right == (False, True, False)
+    plain = TokenTree.chain(4)
+    forest = Forest.of([Committed(drafted, [0, 2], [4, 9]), Committed(plain, [0], [3]), Committed(drafted, [0], [3])])
+    assert forest.depths.tolist() == [0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
+    claims, right = forest.judged()
+    assert claims == pytest.approx([0.5, 0.4, 0.25, 0.5, 0.4])
+    assert right.tolist() == [False, True, False, True, False]
