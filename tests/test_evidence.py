@@ -193,6 +193,26 @@ def test_a_file_that_is_no_calibration_of_these_drafters_is_refused(change, mess
         compose(tiny(), Boaster([]), budget=16, calibration=tmp_path / "none.json")
 
 
+def test_no_step_is_missing_from_what_was_learnt():
+    evidence, drafted = Evidence(["one"]), children(0.5, 0.3)
+    for _ in range(400):  # by now steps are learnt from several at a time
+        step_over(evidence, [drafted], [10])
+        before = evidence.learnt()["learnt"][0]["weights"]
+        step_over(evidence, [drafted], [12])
+        assert evidence.learnt()["learnt"][0]["weights"] != before
+
+
+def test_several_steps_at_a_time_teach_what_one_at_a_time_does():
+    dice, drafted = np.random.default_rng(0), children(0.6, 0.2)
+    together, apart = Evidence(["one"]), Evidence(["one"])
+    for token in dice.choice([10, 11, 12], 600, p=[0.2, 0.5, 0.3]).tolist():
+        for evidence in (together, apart):
+            tree = step_over(evidence, [drafted], [token])
+        apart.settle()
+    assert chance(tree, 10) == pytest.approx(0.2, abs=0.08)
+    assert together.learners[0].weights == pytest.approx(apart.learners[0].weights, abs=0.05)
+
+
 def test_alternatives_take_the_place_of_the_defaults():
     base = tiny()
     answer = base.generate(prompt(), max_new_tokens=60, do_sample=False)

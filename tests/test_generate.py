@@ -507,3 +507,23 @@ def test_statistics_add_up():
     assert all(0 <= claimed <= guesses for guesses, claimed, _ in stats.claims)
     assert set(stats.seconds) >= {"prefill", "propose oracle", "propose ppd", "merge", "fit", "verify", "accept"}
     assert stats.as_dict()["tokens_per_forward"] == pytest.approx(30 / stats.forwards)
+
+
+def test_statistics_of_a_generation_that_is_broken_off_are_of_all_its_steps():
+    class Stops(BaseStreamer):
+        left = 25
+
+        def put(self, value):
+            self.left -= 1
+            if not self.left:
+                raise RuntimeError("enough")
+
+        def end(self):
+            pass
+
+    _, model, ids = pair()
+    with pytest.raises(RuntimeError, match="enough"):
+        model.generate(ids, max_new_tokens=60, do_sample=False, streamer=Stops())
+    stats = model.stats
+    assert stats.forwards < stats.tokens <= 24
+    assert sum(right for _, _, right in stats.claims) == stats.tokens - stats.forwards
