@@ -18,7 +18,7 @@ EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gav
 FORGET = 0.998  # how much of the past counts after each step
 PRIOR = 8.0  # guesses that the prior stands for: a chance of last time is worth 0.6 of itself
 WORTH = 0.6
-READ = 8  # rows of a forward whose successors are taken up: more gain nothing, and each costs 50 us on a CPU
+READ = 8  # rows of a forward whose successors are taken up: more gain nothing, and each costs 80 us on a CPU
 MOST = 256  # successors of a token, or tokens of a path
 
 
@@ -74,12 +74,12 @@ class TokenRecycling:
 
     @hookimpl
     def observe(self, step: Step, logits: Tensor) -> None:
-        """Count what the last table's guesses were worth; take up what the model said after accepted rows and the
-        likeliest others."""
+        """Count what the last table's guesses were worth; take up what the model said after accepted rows, and where it
+        was asked for guesses after the likeliest others."""
         if step.tree is None:
             return
         self._judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
-        rows = _worth_reading(step.tree, step.path)
+        rows = _worth_reading(step.tree, step.path, READ if self.name in step.drafting else 0)
         read = logits.index_select(0, torch.tensor(rows, device=logits.device))  # four times as fast as logits[rows]
         claims, best = best_tokens(read.float(), self.width)
         words, width = step.tree.tokens[rows], best.shape[1]
@@ -134,12 +134,13 @@ class TokenRecycling:
         return self.tokens[tokens[above], rank], above, claimed[above, rank]
 
 
-def _worth_reading(tree: TokenTree, path: list[int]) -> list[int]:
-    """The accepted `path` and the likeliest other rows, the least telling first: of equal tokens the last stays."""
+def _worth_reading(tree: TokenTree, path: list[int], read: int) -> list[int]:
+    """The accepted `path` and the likeliest others, `read` rows in all, the least telling first: of equal tokens the
+    last stays."""
     likeliest = np.argsort(-tree.log_probs, kind="stable").tolist()
     accepted = set(path)
     others = [row for row in likeliest if row not in accepted]
-    return others[: max(READ - len(path), 0)][::-1] + path
+    return others[: max(read - len(path), 0)][::-1] + path
 
 
 def _grafted(tree: TokenTree, words: Ints, parents: Ints, given: Floats) -> TokenTree:

@@ -153,7 +153,7 @@ class Decoding:
         """Let everyone know what became of the step."""
         with self.stats.stage("observe"):
             self.stats.count(self.step)
-            self.hook.observe(step=self.step, logits=verified.logits)
+        self.drafting.observe(self.step, verified.logits)
 
     def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
         """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""

@@ -1,4 +1,5 @@
-"""The first half of a step: who is asked, what all propose, merged, extended and fitted into one forward.
+"""What plugins do in a step: who is asked, what all propose, merged, extended and fitted into one forward; and who is
+told what became of it.
 
 Knows the drafters' names, bits and turns. Does not know the model.
 """
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from .check import check_answer, check_appended, check_tree
 from .plugins import Plugins
@@ -26,11 +29,13 @@ class Drafting:
         self.proposers = plugins.each_drafter("propose")
         self.extenders = plugins.each_drafter("extend")
         self.appenders = plugins.each_drafter("append")
+        self.observers, self.observed = plugins.observers()
         self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
 
     def draft(self, step: Step) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""
-        step.drafting = {name: 0.0 for name in self.plugins.drafters if self._takes_part(step, name)}
+        asked = [name for name in self.plugins.drafters if self._takes_part(step, name)]
+        step.drafting = {name: step.observing.get(name, 0.0) for name in asked}
         self._refine(step)
         trees = [TokenTree.chain(step.ids[-1])]
         for name, _, propose in self.proposers:
@@ -57,6 +62,16 @@ class Drafting:
                 tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
             tree, cut = self.hook.fit(step=step, tree=tree, appended=blocks)
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
+
+    def observe(self, step: Step, logits: Tensor) -> None:
+        """Let everyone know what became of the step, drafters on their own time."""
+        for name, observe in self.observers:
+            begin = time.perf_counter()
+            with self.stats.stage(f"observe {name}"):
+                observe(step=step, logits=logits)
+            step.observing[name] = time.perf_counter() - begin
+        with self.stats.stage("observe"):
+            self.observed(step=step, logits=logits)
 
     def _refine(self, step: Step) -> None:
         """Let who can tell better what appended rows say do so, on the time of the drafter whose rows they are."""

@@ -57,6 +57,16 @@ class Plugins:
             if hasattr(drafter, hook)
         ]
 
+    def observers(self) -> tuple[list[tuple[str, Callable[..., Any]]], Callable[..., Any]]:
+        """Callers of `observe`: by name each drafter's own, and that of all other plugins."""
+        every, drafters = set(self.manager.get_plugins()), self.drafters
+        own: list[tuple[str, Callable[..., Any]]] = [
+            (name, self.manager.subset_hook_caller("observe", every - {drafter}))
+            for name, drafter in drafters.items()
+            if hasattr(drafter, "observe")
+        ]
+        return own, self.manager.subset_hook_caller("observe", set(drafters.values()))
+
     def forward_kwargs(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all plugins ask of the model's forward; two values for one keyword are a `ValueError`."""
         merged: dict[str, Any] = {}

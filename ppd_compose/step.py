@@ -47,7 +47,8 @@ class Step:
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
-    drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step
+    observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
+    drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
 
     @property

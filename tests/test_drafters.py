@@ -12,7 +12,7 @@ from ppd_compose.integrations.recycling import TokenRecycling
 from test_ngram import ngram_table
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 
-from ppd_compose import TokenTree, compose, hookimpl, load_drafter, plugins
+from ppd_compose import Budget, Step, TokenTree, compose, hookimpl, load_drafter, plugins
 from ppd_compose.identity import Identity
 from ppd_compose.prompt import PromptTokens
 from ppd_compose.testing import DrafterFault, check_drafter, small_base
@@ -118,6 +118,16 @@ def test_recycling_keeps_what_the_model_said_and_continues_the_guesses_of_others
     assert len(grown) <= len(tree) + 8
     recycling.reset()
     assert not len(recycling.tokens)
+
+
+@pytest.mark.parametrize(("asked", "read"), [({"recycling": 0.0}, {5, 1, 2, 3}), ({}, {5, 1})])
+def test_recycling_that_is_not_asked_takes_up_accepted_rows_only(asked, read):
+    recycling, step = TokenRecycling(width=4), Step([5], 61, Budget.flat(8), 10)
+    recycling.start(step)
+    tree = TokenTree.of([5, 1, 2, 3], [-1, 0, 0, 1], np.log([1.0, 0.5, 0.3, 0.2]))
+    step.ids, step.tree, step.path, step.drafting = [5, 1, 7], tree, [0, 1], asked
+    recycling.observe(step, torch.randn(4, 61, generator=torch.Generator().manual_seed(0)))
+    assert set(np.flatnonzero(recycling.chances.any(1)).tolist()) == read
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,24 @@ def test_a_slow_drafter_that_adds_nothing_is_asked_seldom(clock):
     assert slow.asked < model.stats.forwards / 2
 
 
+def test_the_time_in_which_a_drafter_takes_up_a_step_counts_as_its_own(clock):
+    class SlowToLearn(Slow):
+        @hookimpl
+        def propose(self, step):
+            self.asked += 1
+            return TokenTree.chain(step.ids[-1], [0], [-1.0])
+
+        @hookimpl
+        def observe(self, step):
+            self.clock.now += 0.01
+
+    base, slow = tiny(), SlowToLearn(clock)
+    model = compose(base, slow, budget=Budget((1, 64), (0,), ((0.01, 0.02),)))
+    model.generate(prompt(), max_new_tokens=100, do_sample=False)
+    assert slow.asked < model.stats.forwards / 2
+    assert "observe slow" in model.stats.seconds
+
+
 def test_many_slow_drafters_that_add_nothing_take_no_more_together_than_one(clock):
     base, slow = tiny(), []
     for name in "abcde":
