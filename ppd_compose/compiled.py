@@ -5,7 +5,7 @@ Knows torch.compile, and what of a model's modules a graph depends on. Does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers.utils import output_capturing
+
+from .regions import Run, in_regions, run_layers
 
 # What dynamo's guards on modules would look at before every forward, a twentieth of its time.
 UNGUARDED = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
@@ -22,47 +24,96 @@ TOLD_APART = ("_parameters", "_buffers", "_modules")  # by their names and kinds
 
 # By the way that models are built. As torch does, what was compiled is kept for good.
 _graphs: dict[Hashable, Callable[..., Any]] = {}
+_refused: set[Hashable] = set()  # ways that torch could not go for models that are built so
 
 
 def compiled(model: Any) -> Callable[..., Any]:
-    """The forward of `model`, compiled for any number of rows, as its modules are now.
+    """The forward of `model`, compiled for any number of rows, as its modules are now: by regions where its layers are
+    alike, else as a whole, and in pieces where torch cannot do that.
 
     Before a forward nobody looks whether they still are: who replaces modules, or sets something in them, calls this
     again. Weights are read at every forward.
     """
-    key = _built(model)
-    if key not in _graphs:
-        # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake.
-        options = {"emulate_precision_casts": True, **({"guard_filter_fn": UNGUARDED} if UNGUARDED else {})}
-        own = _own(type(model).forward, len(_graphs))
-        _graphs[key] = torch.compile(own, dynamic=True, options=options)
-    return partial(_graphs[key], model)
+    return partial(_first, [way for way in _ways(model, _built(model)) if way[0] not in _refused])
 
 
-def _own(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """`forward` under a code object of its own, with which torch keeps what it compiles."""
+def _ways(model: Any, key: Hashable) -> Iterator[tuple[Hashable, Callable[..., Any]]]:
+    """The ways to compute a forward, and how to tell them apart, the best first."""
+    forward = type(model).forward
+    if UNGUARDED and ("regions", key) not in _refused:
+        regional = in_regions(model, _parts, partial(_region, _configs(model)))
+        if regional is not None:
+            yield ("regions", key), partial(forward, regional)
+    if UNGUARDED:
+        yield ("whole", key), partial(_graph(_own(forward), ("whole", key)), model)
+    # Pieces are shared by the layers that call the same code, so they have to look at the layer.
+    yield ("pieces", key), partial(_graph(_own(forward), ("pieces", key), whole=False), model)
 
+
+def _first(ways: list[tuple[Hashable, Callable[..., Any]]], **kwargs: Any) -> Any:
+    """By the first of `ways` that torch can go; those that it cannot are left out from now on."""
+    while True:
+        way, forward = ways[0]
+        try:
+            return forward(**kwargs)
+        except Exception as error:
+            if len(ways) == 1 or not isinstance(error, (LookupError, torch._dynamo.exc.TorchDynamoException)):
+                raise
+            _refused.add(way)
+            del ways[0]
+
+
+def _own(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(model: Any, **kwargs: Any) -> Any:
         return forward(model, **kwargs)
 
-    run.__code__ = run.__code__.replace(co_name=f"forward_{number}")
     return run
 
 
+def _region(known: Hashable, kind: Hashable) -> Run:
+    """`run_layers` compiled for layers of that kind, in models of which is `known` what they may read."""
+
+    def run(*args: Any) -> Any:
+        return run_layers(*args)
+
+    return _graph(run, (kind, known))
+
+
+def _graph(run: Any, key: Hashable, whole: bool = True) -> Callable[..., Any]:
+    """`run` compiled for what is built like `key`, under a code object of its own, with which torch keeps what it
+    compiles; where it is to be `whole`, in one piece or not at all, and then nobody looks at modules before it runs."""
+    if key not in _graphs:
+        run.__code__ = run.__code__.replace(co_name=f"forward_{len(_graphs)}")
+        # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake.
+        options: dict[str, Any] = {"emulate_precision_casts": True}
+        if whole:
+            options["guard_filter_fn"] = UNGUARDED
+        _graphs[key] = torch.compile(run, dynamic=True, fullgraph=whole, options=options)
+    return _graphs[key]
+
+
 def _built(model: Any) -> Hashable:
-    """All that a graph takes for given: kinds and settings of modules, sizes of tensors, and which are the same."""
+    """All that a graph of `model` takes for given."""
+    return _parts(model), _configs(model)
+
+
+def _configs(model: Any) -> Hashable:
+    return tuple(_frozen(vars(config)) for config in (model.config, model.config.get_text_config()))
+
+
+def _parts(module: Any) -> Hashable:
+    """Kinds and settings of `module` and those in it, sizes of tensors, and which are the same."""
     first: dict[int, int] = {}  # which of all that was seen so far is the same
     modules = [
-        (name, first.setdefault(id(module), len(first)), type(module), _hooks(module), _settings(module, not name))
-        for name, module in model.named_modules(remove_duplicate=False)
+        (name, first.setdefault(id(each), len(first)), type(each), _hooks(each), _settings(each, not name))
+        for name, each in module.named_modules(remove_duplicate=False)
     ]
     tensors = [
         (name, first.setdefault(id(tensor), len(first)), *_kind(tensor))
-        for named in (model.named_parameters, model.named_buffers)
+        for named in (module.named_parameters, module.named_buffers)
         for name, tensor in named(remove_duplicate=False)
     ]
-    configs = [_frozen(vars(config)) for config in (model.config, model.config.get_text_config())]
-    return tuple(modules), tuple(tensors), tuple(configs)
+    return tuple(modules), tuple(tensors)
 
 
 def _hooks(module: Any) -> Hashable:

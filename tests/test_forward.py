@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import eagle
 from test_medusa import random_heads
-from tiny import FAMILIES, prompt, prompt_tokens, tiny
+from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
 
-from ppd_compose import Budget, TokenTree, compose, grouped, hookimpl, measured, packed
+from ppd_compose import Budget, TokenTree, compiled, compose, grouped, hookimpl, measured, packed, regions
 from ppd_compose.cache import GENERATE_NAME, with_cache
 from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
@@ -265,6 +265,27 @@ def test_a_compiled_forward_gives_the_tokens_of_the_base(dtype):
     assert "forward" not in vars(base)
 
 
+WAYS = {
+    "llama": [], "qwen3": [], "phi3": [], "gpt_neox": [], "opt": [],
+    "gemma3": [],  # layers of several kinds: there are no regions to try
+    "gpt2": ["regions"],  # its layers look up their numbers
+    "mixtral": ["regions", "whole"],  # experts are called by what the router says
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", WAYS)
+def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_other(family, monkeypatch):
+    monkeypatch.setattr(regions, "MOST", 1)  # three regions
+    monkeypatch.setattr(compiled, "_refused", refused := set())
+    base = tiny(family)
+    model = compose(base, Oracle(answer(base)[0].tolist()), prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    assert sorted(way for way, _ in refused) == WAYS[family]
+    with torch.compiler.set_stance("default" if refused else "fail_on_recompile"):
+        assert torch.equal(answer(model), answer(base))
+
+
 @needs_compiler
 def test_models_of_a_class_that_are_built_otherwise_share_no_graph():
     for change in ({}, {"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
@@ -381,7 +402,10 @@ def test_a_compiled_forward_pads_a_lonely_row():
 
 
 @needs_compiler
-def test_compiled_forwards_serve_heads_that_read_hidden_states():
+@pytest.mark.parametrize("layers", [1, 3])
+def test_compiled_forwards_serve_heads_that_read_hidden_states(layers, monkeypatch):
+    monkeypatch.setattr(regions, "MOST", layers)
+    monkeypatch.setattr(compiled, "_refused", refused := set())
     base = tiny(dtype=torch.float32)
     heads = [MedusaHeads(random_heads()), eagle()]
     model = compose(base, *heads, prompt_tokens(), budget=12, compile=True)
@@ -390,6 +414,7 @@ def test_compiled_forwards_serve_heads_that_read_hidden_states():
         assert torch.equal(answer(model), answer(base))
     assert sum(model.stats.candidates["medusa"].values()) > 0
     assert sum(model.stats.candidates["eagle"].values()) > 0
+    assert not refused
 
 
 def test_budgets_of_quantised_bases_are_kept_apart():

@@ -12,7 +12,7 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "paging", "packed", "inplace", "cache",
-    "modes", "prefix", "compiled", "grouped", "forward", "verify", "budget",
+    "modes", "prefix", "regions", "compiled", "grouped", "forward", "verify", "budget",
     "logit", "forest", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "plugins", "shipped", "sources", "paired", "drafters", "stats", "measured", "drafting", "decode",
     "refuse", "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter",
