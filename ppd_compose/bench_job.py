@@ -26,7 +26,9 @@ from .trace import traced
 
 SCHEMA = 1
 TRACED = 64  # tokens of one answer that are told with who guessed them
-WAYS: dict[str, dict[str, Any]] = {"eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}, "regions": {"compile": "regions"},
+}  # fmt: skip
 
 
 def composed(

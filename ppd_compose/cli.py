@@ -27,8 +27,10 @@ from .options import (
     DtypeOption,
     LengthOption,
     PackedOption,
+    RegionsOption,
     RowsOption,
     command_line,
+    compiling,
 )
 from .packed import can_pack
 from .plugins import TRAINING, installed
@@ -96,13 +98,17 @@ def demo(
     device: DeviceOption = "cpu",
     packed: Annotated[bool, typer.Option(help="Pack weights for the CPU, where it has the kernels.")] = True,
     compile: CompileOption = False,
+    regions: RegionsOption = False,
 ) -> None:
     """Stream an answer with guessed tokens coloured, then compare with plain generate."""
     from .demo import demo as show
 
     loaded = load_base(base, dtype, device)
     console.print(f"[dim]base: {escape(loaded.origin)}[/]", highlight=False)
-    out, way = Console(highlight=False), {"packed": packed and can_pack(loaded.model), "compile": compile}
+    out, way = (
+        Console(highlight=False),
+        {"packed": packed and can_pack(loaded.model), "compile": "regions" if regions else compile},
+    )
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
 
 
@@ -120,6 +126,7 @@ def generate(
     device: DeviceOption = "cpu",
     packed: PackedOption = False,
     compile: CompileOption = False,
+    regions: RegionsOption = False,
 ) -> None:
     """Write the answer to standard output as it is decoded, and what it took to standard error."""
     from .answer import answer
@@ -127,7 +134,9 @@ def generate(
 
     loaded = load_base(base, dtype, device)
     sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=compile)
+    model = compose(
+        loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile="regions" if regions else compile
+    )
     stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
     console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
 
@@ -166,9 +175,10 @@ def bench(
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "cpu",
-    eager: Annotated[bool, typer.Option("--eager", help="Compose as is, also beside the next two.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Compose as is, also beside the next three.")] = False,
     packed: PackedOption = False,
     compile: CompileOption = False,
+    regions: RegionsOption = False,
 ) -> None:
     """Time base and compositions interleaved on the same questions; the last line of standard output is JSON."""
     from . import bench_job
@@ -177,7 +187,8 @@ def bench(
     from .questions import questions_from
 
     loaded = load_base(base, dtype, device)
-    ways = [way for way, asked_for in (("eager", eager), ("packed", packed), ("compiled", compile)) if asked_for]
+    wanted = {"eager": eager, "packed": packed, "compiled": compile, "regions": regions}
+    ways = [way for way, asked_for in wanted.items() if asked_for]
     answer = partial(greedy, loaded.model, max_new_tokens=max_new_tokens) if all_turns else None
     asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
 
@@ -200,6 +211,7 @@ def profile(
     device: DeviceOption = "cpu",
     packed: PackedOption = False,
     compile: CompileOption = False,
+    regions: RegionsOption = False,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept in the user's cache.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the curves there: .png, .svg or .pdf.")] = None,
 ) -> None:
@@ -210,7 +222,7 @@ def profile(
     from .questions import questions_from
 
     loaded = load_base(base, dtype, device)
-    model = compose(loaded.model, *drafters_of(drafters), packed=packed, compile=compile)
+    model = compose(loaded.model, *drafters_of(drafters), packed=packed, compile=compiling(compile, regions))
     asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, 1)
     told = profiling.profile(model, asked, max_new_tokens, again, command_line())
     profiling.show(told, console)

@@ -27,20 +27,20 @@ _graphs: dict[Hashable, Callable[..., Any]] = {}
 _refused: set[Hashable] = set()  # ways that torch could not go for models that are built so
 
 
-def compiled(model: Any) -> Callable[..., Any]:
-    """The forward of `model`, compiled for any number of rows, as its modules are now: by regions where its layers are
-    alike, else as a whole, and in pieces where torch cannot do that.
+def compiled(model: Any, regions: bool = False) -> Callable[..., Any]:
+    """The forward of `model`, compiled for any number of rows, as its modules are now: by `regions` where they are
+    wanted and its layers are alike, else as a whole, and in pieces where torch cannot do that.
 
     Before a forward nobody looks whether they still are: who replaces modules, or sets something in them, calls this
     again. Weights are read at every forward.
     """
-    return partial(_first, [way for way in _ways(model, _built(model)) if way[0] not in _refused])
+    return partial(_first, [way for way in _ways(model, _built(model), regions) if way[0] not in _refused])
 
 
-def _ways(model: Any, key: Hashable) -> Iterator[tuple[Hashable, Callable[..., Any]]]:
+def _ways(model: Any, key: Hashable, regions: bool) -> Iterator[tuple[Hashable, Callable[..., Any]]]:
     """The ways to compute a forward, and how to tell them apart, the best first."""
     forward = type(model).forward
-    if UNGUARDED and ("regions", key) not in _refused:
+    if regions and UNGUARDED and ("regions", key) not in _refused:
         regional = in_regions(model, _parts, partial(_region, _configs(model)))
         if regional is not None:
             yield ("regions", key), partial(forward, regional)

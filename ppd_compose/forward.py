@@ -17,6 +17,8 @@ from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place
 from .packed import can_pack, is_packed, pack
 
+REGIONS = "regions"  # of `compile`: by these
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -24,6 +26,7 @@ class Forward:
 
     model: Any
     compiled: bool = False
+    regions: bool = False  # it is compiled by regions, where that can be
 
     def idle(self, rows: int, cache: Cache) -> int:
         """Rows that stand at the end of a forward of `rows` rows and mean nothing.
@@ -41,17 +44,20 @@ class Forward:
 
     @property
     def kind(self) -> str:
-        """One of "eager", "packed" and "compiled": forwards of one kind cost the same."""
+        """One of "eager", "packed", "compiled" and "regions": forwards of one kind cost the same."""
         if self.compiled:
-            return "compiled"
+            return "regions" if self.regions else "compiled"
         return "packed" if is_packed(self.model) else "eager"
 
 
-def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Forward:
+def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str) -> Forward:
     """The way that was asked for, made ready for `model`, composed of `base`; its submodules may be replaced.
 
-    Raises `ValueError` when weights cannot be packed here, or what would be compiled is not what the base calls.
+    Raises `ValueError` when weights cannot be packed here, `compile` is a word that means nothing, or what would be
+    compiled is not what the base calls.
     """
+    if compile not in (True, False, REGIONS):
+        raise ValueError(f'compile is True, False or "{REGIONS}", got {compile!r}')
     if compile and "forward" in vars(base):
         raise ValueError(
             "the forward of this base was replaced on the object itself, as accelerate's hooks and patches do, and "
@@ -71,14 +77,14 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool) -> Fo
         return Forward(model)
     twin: Any = object.__new__(type(base))
     twin.__dict__.update(vars(model))
-    return Forward(twin, compiled=True)
+    return Forward(twin, compiled=True, regions=compile == REGIONS)
 
 
 def forward_of(model: Any) -> Forward:
     """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does."""
     forward: Forward = vars(model).get("forwards") or Forward(model)
     if forward.compiled:
-        vars(forward.model)["forward"] = compiled(forward.model)
+        vars(forward.model)["forward"] = compiled(forward.model, forward.regions)
     return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
 
 

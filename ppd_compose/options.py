@@ -29,6 +29,9 @@ PackedOption = Annotated[
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the verify forward, which takes a minute or two at first.")
 ]
+RegionsOption = Annotated[
+    bool, typer.Option("--regions", help="Compile layers that are alike once: sooner, and a little slower for good.")
+]
 
 PromptsOption = Annotated[Path, typer.Option(help='JSON lines with "prompt" or "turns".')]
 OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
@@ -45,6 +48,11 @@ CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints."
 DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
 
 ABSOLUTE = re.compile(r"(?:^|(?<=[=+]))/(?:[^=+]*/)?([^/=+]*)/?(?=[=+]|$)")  # paths, alone or behind "=" or "+"
+
+
+def compiling(compile: bool, regions: bool) -> bool | str:
+    """Both options as `compose` takes them."""
+    return "regions" if regions else compile
 
 
 def command_line() -> str:

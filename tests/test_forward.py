@@ -279,7 +279,7 @@ def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_o
     monkeypatch.setattr(regions, "MOST", 1)  # three regions
     monkeypatch.setattr(compiled, "_refused", refused := set())
     base = tiny(family)
-    model = compose(base, Oracle(answer(base)[0].tolist()), prompt_tokens(), budget=12, compile=True)
+    model = compose(base, Oracle(answer(base)[0].tolist()), prompt_tokens(), budget=12, compile="regions")
     assert torch.equal(answer(model), answer(base))
     assert sorted(way for way, _ in refused) == WAYS[family]
     with torch.compiler.set_stance("default" if refused else "fail_on_recompile"):
@@ -287,16 +287,24 @@ def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_o
 
 
 @needs_compiler
-def test_models_of_a_class_that_are_built_otherwise_share_no_graph():
-    for change in ({}, {"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
-        base = tiny(dtype=torch.float32, **change)
-        assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base)), change
+def test_experts_that_a_router_calls_are_not_taken_for_those_of_another_layer():
+    base = tiny("mixtral")
+    assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base))
 
 
 @needs_compiler
-def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call():
+@pytest.mark.parametrize("way", [True, "regions"])
+def test_models_of_a_class_that_are_built_otherwise_share_no_graph(way):
+    for change in ({}, {"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
+        base = tiny(dtype=torch.float32, **change)
+        assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=way)), answer(base)), change
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", [True, "regions"])
+def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call(way):
     base, changed = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
-    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    model = compose(base, prompt_tokens(), budget=12, compile=way)
     assert torch.equal(answer(model), answer(base))
     for each in (model, changed):
         each.model.layers[1].mlp.act_fn = torch.nn.Tanh()
@@ -377,6 +385,11 @@ def test_adapters_that_are_switched_or_merged_share_no_graph():
     assert not torch.equal(*answers[:2])
 
 
+def test_a_word_that_means_no_way_to_compile_is_refused():
+    with pytest.raises(ValueError, match="compile is True, False or \"regions\", got 'layers'"):
+        compose(tiny(), compile="layers")
+
+
 def test_a_base_whose_forward_was_replaced_is_not_compiled():
     base = tiny(dtype=torch.float32)
     base.forward = MethodType(type(base).forward, base)
@@ -402,13 +415,13 @@ def test_a_compiled_forward_pads_a_lonely_row():
 
 
 @needs_compiler
-@pytest.mark.parametrize("layers", [1, 3])
-def test_compiled_forwards_serve_heads_that_read_hidden_states(layers, monkeypatch):
-    monkeypatch.setattr(regions, "MOST", layers)
+@pytest.mark.parametrize("way", [True, "regions"])
+def test_compiled_forwards_serve_heads_that_read_hidden_states(way, monkeypatch):
+    monkeypatch.setattr(regions, "MOST", 1)
     monkeypatch.setattr(compiled, "_refused", refused := set())
     base = tiny(dtype=torch.float32)
     heads = [MedusaHeads(random_heads()), eagle()]
-    model = compose(base, *heads, prompt_tokens(), budget=12, compile=True)
+    model = compose(base, *heads, prompt_tokens(), budget=12, compile=way)
     model.warmup()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(answer(model), answer(base))
