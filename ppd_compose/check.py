@@ -72,11 +72,13 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
         raise MalformedDraft(who, f"appended arrays of different lengths: {sorted(sizes)}")
     if ((appended.parents < 0) | (appended.parents >= size + rows)).any():
         raise MalformedDraft(who, "an appended row must hang from a tree node or an earlier appended row")
-    if ((appended.nodes < 0) | (appended.nodes >= size)).any():
+    if not len(appended):
+        return appended
+    if appended.nodes.min() < 0 or appended.nodes.max() >= size:
         raise MalformedDraft(who, "an appended row names a node that the tree does not have")
-    if ((appended.kinds < 0) | (appended.kinds >= len(appended.embeddings))).any():
+    if appended.kinds.min() < 0 or appended.kinds.max() >= len(appended.embeddings):
         raise MalformedDraft(who, f"kinds must index the {len(appended.embeddings)} embeddings")
-    if not (appended.gains >= 0).all():
+    if not appended.gains.min() >= 0:
         raise MalformedDraft(who, "gains must be numbers of at least 0")
     return appended
 

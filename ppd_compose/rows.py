@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -118,6 +119,7 @@ class BestRows:
                 pace.drafting += self.asked[name].typical
 
 
+@lru_cache
 def _sizes(rows: int) -> Ints:
     """The sizes that a forward may have where there are `rows` rows. Kernels are made and kept for each, on a CPU some
     four megabytes from twelve rows on: few sizes keep the memory low."""

@@ -102,7 +102,7 @@ class TokenTree:
         """Claimed chance, for each node, that it is the last one accepted `[nodes]`."""
         reach = np.exp(self.log_probs)
         below = np.bincount(self.parents[1:], reach[1:], len(self))
-        chances: Floats = np.clip(reach - below, 0.0, None)
+        chances: Floats = np.maximum(reach - below, 0.0)
         return chances
 
 
