@@ -19,7 +19,7 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs,
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
-TOGETHER, EARLY = 8, 32  # steps are learnt from so many at a time, at first one at a time, one more after each 32
+TOGETHER, EARLY = 8, 128  # steps are learnt from so many at a time, at first one at a time, one more after each 128
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -104,7 +104,7 @@ class Evidence:
     def observe(self, step: Step) -> None:
         """Learn from what followed the accepted nodes."""
         heard = step.memory.pop(self, None)
-        if heard is None:
+        if heard is None or len(heard.tree) == 1:
             return
         self.waiting.append((heard, step.ids[-len(step.path) :]))
         self.seen += 1
