@@ -7,7 +7,7 @@ layers are called, by transformers' conventions. Does not know torch.compile.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import Cache
@@ -70,10 +70,10 @@ class OneLayer:
 class Unnumbered:
     """In place of a layer's number, with which a graph for several layers cannot reckon: whoever tries is told."""
 
-    def __eq__(self, other: object) -> bool:
+    def _refuse(self, *_: object) -> NoReturn:
         raise TypeError("in a region a layer has no number")
 
-    __bool__ = __hash__ = __eq__  # type: ignore[assignment]
+    __eq__ = __hash__ = __bool__ = _refuse
 
 
 def run_layers(

@@ -99,6 +99,17 @@ def test_bench_composes_in_every_way_that_is_asked_for(place):
     assert all(run["identical"] == run["questions"] for run in result["runs"])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_forwards_are_compiled_by_regions_where_that_is_asked_for(place, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "ppd_compose.forward.compiled", lambda model, *how: made.append(how) or type(model).forward.__get__(model)
+    )
+    for word in ("--compile", "--regions"):
+        invoke("generate", "abc", *options(place), "--drafters", "none", "--max-new-tokens", 4, "--rows", 4, word)
+    assert made == [(False,), (True,)]
+
+
 def test_bench_takes_its_own_questions_in_six_categories():
     from ppd_compose.prompts import read_prompts
     from ppd_compose.shipped import QUESTIONS
