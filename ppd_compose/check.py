@@ -44,7 +44,7 @@ def _array_faults(tree: TokenTree) -> Iterator[str]:
 
 
 def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
-    # One by one: of so few nodes each search by numpy would take as long as all of this.
+    # One by one: of so few nodes that is sooner than by searches of numpy.
     tokens, parents, claims = tree.tokens.tolist(), tree.parents.tolist(), tree.log_probs.tolist()
     if tokens[0] != root or parents[0] != -1:
         yield f"row 0 must be the root, token {root} with parent -1; got {tokens[0]}, {parents[0]}"

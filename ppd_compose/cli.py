@@ -105,10 +105,8 @@ def demo(
 
     loaded = load_base(base, dtype, device)
     console.print(f"[dim]base: {escape(loaded.origin)}[/]", highlight=False)
-    out, way = (
-        Console(highlight=False),
-        {"packed": packed and can_pack(loaded.model), "compile": "regions" if regions else compile},
-    )
+    out = Console(highlight=False)
+    way = {"packed": packed and can_pack(loaded.model), "compile": compiling(compile, regions)}
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
 
 
@@ -134,9 +132,8 @@ def generate(
 
     loaded = load_base(base, dtype, device)
     sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    model = compose(
-        loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile="regions" if regions else compile
-    )
+    how = compiling(compile, regions)
+    model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=how)
     stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
     console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import output_capturing
 
-from .regions import Run, in_regions, run_layers
+from .regions import Run, Unfit, in_regions, run_layers
 
 # What dynamo's guards on modules would look at before every forward, a twentieth of its time.
 UNGUARDED = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
@@ -57,7 +57,7 @@ def _first(ways: list[tuple[Hashable, Callable[..., Any]]], **kwargs: Any) -> An
         try:
             return forward(**kwargs)
         except Exception as error:
-            if len(ways) == 1 or not isinstance(error, (LookupError, torch._dynamo.exc.TorchDynamoException)):
+            if len(ways) == 1 or not isinstance(error, (Unfit, torch._dynamo.exc.TorchDynamoException)):
                 raise
             _refused.add(way)
             del ways[0]

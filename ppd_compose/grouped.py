@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .modes import beside
+
 BORROWED = "ppd_compose_grouped"
 OWN = "ppd_compose_grouped_rows"  # a single row too, which then is not rounded as the base rounds it
 ELSEWHERE = ("position_bias", "softcap", "cache")  # what transformers' own function sees to
@@ -44,13 +46,9 @@ def _beside(module: Any, configs: dict[int, Any]) -> Any:
     inner = {} if mine else {name: _beside(child, configs) for name, child in module._modules.items()}
     if not mine and not any(inner.values()):
         return None
-    made = object.__new__(type(module))
-    made.__dict__.update(vars(module))
     if mine:
-        made.config = _asking_for(BORROWED, module.config, configs)
-    else:
-        made.__dict__["_modules"] = {name: inner[name] or child for name, child in module._modules.items()}
-    return made
+        return beside(module, config=_asking_for(BORROWED, module.config, configs))
+    return beside(module, _modules={name: inner[name] or child for name, child in module._modules.items()})
 
 
 def _repeats_keys(module: Any) -> bool:

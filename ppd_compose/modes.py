@@ -1,12 +1,13 @@
-"""Modules in evaluation mode for a while.
+"""Modules as somebody else needs them: in evaluation mode for a while, or as copies over the same parameters.
 
-Knows modes. Does not know what is computed meanwhile.
+Knows modules. Does not know what is computed with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -21,3 +22,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def beside(module: nn.Module, **changed: Any) -> Any:
+    """A copy of `module` that holds the same things but those `changed`: parameters, hooks and what is in it."""
+    made = object.__new__(type(module))
+    made.__dict__.update(vars(module), **changed)
+    return made

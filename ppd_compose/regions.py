@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import output_capturing
 
+from .modes import beside
+
 MOST = 10  # layers of a region: each costs time to compile, and each region a tenth of a millisecond at every forward
 NUMBER = "layer_idx"  # by what a layer's modules tell the KV cache which of its layers is meant
 
 Run = Callable[..., list[Any]]
+
+
+class Unfit(Exception):
+    """Layers turned out not to be called as those of a region are."""
 
 
 class Region(nn.Module):
@@ -37,7 +43,7 @@ class Region(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the last of the layers returns. What each one returned is captured where that is asked for.
 
-        Raises `LookupError` where the layers are given no KV cache.
+        Raises `Unfit` where the layers are given no KV cache.
         """
         places = (
             [at for at, given in enumerate(args) if isinstance(given, Cache)],
@@ -45,7 +51,7 @@ class Region(nn.Module):
         )
         caches: list[Any] = [*(args[at] for at in places[0]), *(kwargs[name] for name in places[1])]
         if not caches:
-            raise LookupError("these layers are given no KV cache")
+            raise Unfit("these layers are given no KV cache")
         held = caches[0].layers[self.begin : self.begin + len(self.layers)]
         told = self.run(self.copies, held, places, hidden, args, kwargs)
         for layer, out in zip(self.layers, told, strict=True):
@@ -136,8 +142,7 @@ def _unnumbered(module: Any) -> Any:
     if NUMBER not in vars(module) and len(hooks) == len(module._forward_hooks) and not any(inner.values()):
         return None
     modules = {name: inner[name] or child for name, child in module._modules.items()}
-    made = object.__new__(type(module))
-    made.__dict__.update(vars(module), _modules=modules, _forward_hooks=hooks)
+    made = beside(module, _modules=modules, _forward_hooks=hooks)
     if NUMBER in vars(module):
         made.__dict__[NUMBER] = Unnumbered()
     return made
@@ -150,7 +155,5 @@ def _captures(hook: Any) -> bool:
 def _with(module: Any, path: Sequence[str], replacement: nn.Module) -> Any:
     """A copy of `module` over the same parameters with `replacement` at `path`."""
     name, *rest = path
-    made = object.__new__(type(module))
     inner = _with(module._modules[name], rest, replacement) if rest else replacement
-    made.__dict__.update(vars(module), _modules={**module._modules, name: inner})
-    return made
+    return beside(module, _modules={**module._modules, name: inner})
