@@ -6,10 +6,10 @@ to read weights and cache once, by the bandwidth of a large copy.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 
 from ppd_compose import TokenTree, compose
 from ppd_compose.bench_job import WAYS
-from ppd_compose.cache import with_cache
+from ppd_compose.cache import commit, recording, with_cache
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
 from ppd_compose.loading import DTYPES
@@ -32,24 +32,25 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 
 
-def filled(model: Any, context: int) -> Cache:
+@contextmanager
+def filled(model: Any, context: int) -> Iterator[Cache]:
     """A cache of `context` tokens of no meaning, as it is after a step."""
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % 400 + 5
     model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1)
-    forward_of(model).lay_out(cache)
-    return cache
+    with recording(cache), forward_of(model).laid_out(cache, torch.ones(context, dtype=torch.bool)):
+        yield cache
 
 
-def timed(model: Any, filled: Cache, tree: TokenTree) -> float:
-    """Seconds of one forward over a copy of `filled`."""
-    cache = copy.deepcopy(filled)
-    context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool))
+def timed(model: Any, cache: Cache, context: int, tree: TokenTree) -> float:
+    """Seconds of one forward below `cache`, which is as it was after it."""
     forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()
-    verify(forward, cache, context, tree, (), {})
-    return time.perf_counter() - begin
+    verified = verify(forward, cache, Context(torch.ones(context, dtype=torch.bool)), tree, (), {})
+    seconds = time.perf_counter() - begin
+    commit(cache, verified.rows, [])
+    return seconds
 
 
 def bandwidth(model: Any, megabytes: int = 256) -> float:
@@ -76,21 +77,28 @@ def bytes_read(model: Any, cache: Any) -> int:
 
 @torch.no_grad()
 def curves(models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of each way at each context and number of rows; the first round warms up."""
-    told, some = [], next(iter(models.values()))
-    speed = bandwidth(some)
+    """Median seconds of each way at each context and number of rows."""
+    speed = bandwidth(next(iter(models.values())))
+    told = []
     for context in track(contexts, "contexts"):
-        caches = {way: filled(model, context) for way, model in models.items()}
-        floor = bytes_read(some, next(iter(caches.values()))) / speed
-        for n in rows:
-            tree = TokenTree.of(list(range(10, 10 + n)), [-1, *(i // 2 for i in range(n - 1))], [0.0] * n)
-            times: dict[str, list[float]] = {way: [] for way in models}
-            for _ in range(rounds + 1):
-                for way, model in models.items():
-                    times[way].append(timed(model, caches[way], tree))
-            seconds = {way: median(taken[1:]) for way, taken in times.items()}
-            told.append({"context": context, "rows": n, "seconds": seconds, "floor_seconds": floor})
+        with ExitStack() as held:
+            caches = {way: held.enter_context(filled(model, context)) for way, model in models.items()}
+            told += [point(models, caches, context, n, rounds, speed) for n in rows]
     return told
+
+
+def point(
+    models: dict[str, Any], caches: dict[str, Cache], context: int, rows: int, rounds: int, speed: float
+) -> dict[str, Any]:
+    """Median seconds of a forward of `rows` rows by each way; the first round warms up."""
+    tree = TokenTree.of(list(range(10, 10 + rows)), [-1, *(i // 2 for i in range(rows - 1))], [0.0] * rows)
+    times: dict[str, list[float]] = {way: [] for way in models}
+    for _ in range(rounds + 1):
+        for way, model in models.items():
+            times[way].append(timed(model, caches[way], context, tree))
+    seconds = {way: median(taken[1:]) for way, taken in times.items()}
+    floor = bytes_read(next(iter(models.values())), next(iter(caches.values()))) / speed
+    return {"context": context, "rows": rows, "seconds": seconds, "floor_seconds": floor}
 
 
 def main(

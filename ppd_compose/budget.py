@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from .storage import write_text
 from .tree import Floats, TokenTree
 from .verify import Context, only_last, verify, wait
 
-MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MEASURED_CONTEXTS = (128, 640)
 BATCHES = 5  # of rounds at most, while they find faster forwards
 SETTLED = 0.97  # how much faster does not matter
@@ -71,10 +70,11 @@ class Budget:
         cost more than one of more rows. As long as another `rounds` find faster ones the machine was busy, and more
         are made, up to `BATCHES` times.
         """
+        sizes = forward_of(model).sizes
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
-        contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(MEASURED_ROWS) <= longest) or (1,)
-        table = _rising(np.stack([_fastest(model, context, rounds) for context in contexts]))
-        return cls(MEASURED_ROWS, contexts, tuple(map(tuple, table.tolist())))
+        contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(sizes) <= longest) or (1,)
+        table = _rising(np.stack([_fastest(model, sizes, context, rounds) for context in contexts]))
+        return cls(sizes, contexts, tuple(map(tuple, table.tolist())))
 
     @property
     def fixed(self) -> bool:
@@ -132,15 +132,14 @@ def _rising(table: Floats) -> Floats:
     return rising
 
 
-def _fastest(model: PreTrainedModel, context: int, rounds: int) -> Floats:
-    """Seconds of the fastest forward of each of `MEASURED_ROWS` below `context` tokens."""
+def _fastest(model: PreTrainedModel, sizes: Sequence[int], context: int, rounds: int) -> Floats:
+    """Seconds of the fastest forward of each of `sizes` rows below `context` tokens."""
     cache = _filled(model, context)
 
     def times() -> Floats:
-        return np.array([_time_forward(model, cache, n) for n in MEASURED_ROWS])
+        return np.array([_time_forward(model, cache, n) for n in sizes])
 
-    with recording(cache):
-        forward_of(model).lay_out(cache)
+    with recording(cache), forward_of(model).laid_out(cache, torch.ones(context, dtype=torch.bool, device="cpu")):
         times()  # warms up
         fastest: Floats = np.min([times() for _ in range(rounds)], axis=0)
         for _ in range(BATCHES - 1):

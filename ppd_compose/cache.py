@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .fixed import memory_of
 from .inplace import InPlaceLayer, count, counted, in_place
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -107,11 +108,10 @@ def commit(cache: Cache, rows: int, path: Sequence[int]) -> None:
     A layer's tensors were made by the forward that has just run, or are its own, so they are written in place: rows
     move up, and what remains counts.
     """
-    layers = _filled(cache)
     moved = [(to, row) for to, row in enumerate(path) if to != row]
     dropped = rows - len(path)
-    for layer in layers if moved else ():
-        _move(layer, _held(layer) - rows, moved)
+    for states, held in _written(cache) if moved else ():
+        _move(states, held - rows, moved)
     count(cache, -dropped)
     for layer in _added_to(cache):
         layer.keys, layer.values = _less(layer.keys, dropped), _less(layer.values, dropped)
@@ -147,15 +147,20 @@ def _with_room(states: Tensor) -> Tensor:
     return pad(states, (0, 0, 0, 1)).narrow(-2, 0, length)
 
 
-def _held(layer: Any) -> int:
-    """Columns of `layer` that hold something."""
-    return int(layer.extent.columns if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2])
+def _written(cache: Cache) -> Iterator[tuple[Tensor, int]]:
+    """Keys and values, those of all layers at once where they lie in one memory, and how many columns hold
+    something."""
+    if (memory := memory_of(cache)) is not None:
+        yield from ((stack, counted(cache)) for stack in memory.stacks.values())
+        return
+    for layer in _filled(cache):
+        held = layer.extent.columns if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2]
+        yield from ((states, held) for states in (layer.keys, layer.values))
 
 
-def _move(layer: Any, begin: int, moved: Sequence[tuple[int, int]]) -> None:
+def _move(states: Tensor, begin: int, moved: Sequence[tuple[int, int]]) -> None:
     for to, row in moved:  # a path ascends, so a row is read before it is written over
-        for states in (layer.keys, layer.values):
-            states.select(-2, begin + to).copy_(states.select(-2, begin + row))
+        states.select(-2, begin + to).copy_(states.select(-2, begin + row))
 
 
 def _less(states: Tensor, dropped: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import output_capturing
 
 from .regions import Run, Unfit, in_regions, run_layers
@@ -97,6 +98,19 @@ def _built(model: Any) -> Hashable:
     return _parts(model), _configs(model)
 
 
+def taken_for_given(model: Any) -> Hashable:
+    """All that a recording of what `model` launches takes for given: how it is built, and where its tensors lie."""
+    held = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return _built(model), tuple(_address(t) for t in (*model.parameters(), *model.buffers(), *held))
+
+
+def _address(tensor: Tensor) -> Hashable:
+    if is_traceable_wrapper_subclass(tensor):
+        inner, _ = tensor.__tensor_flatten__()
+        return tuple(_address(getattr(tensor, name)) for name in inner)
+    return tensor.data_ptr()
+
+
 def _configs(model: Any) -> Hashable:
     return tuple(_frozen(vars(config)) for config in (model.config, model.config.get_text_config()))
 
@@ -119,17 +133,17 @@ def _parts(module: Any) -> Hashable:
 def _hooks(module: Any) -> Hashable:
     """The hooks of `module` but those by which transformers notes hidden states, which is a part of every graph."""
     hooks = [hook for name in CALLED for hook in getattr(module, name, {}).values()]
-    return tuple(_Same(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)
+    return tuple(Same(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)
 
 
-class _Same:
+class Same:
     """An object by its identity. It is held, so that no other one ever gets its number."""
 
     def __init__(self, held: object) -> None:
         self.held = held
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.held is self.held
+        return isinstance(other, Same) and other.held is self.held
 
     def __hash__(self) -> int:
         return id(self.held)

@@ -20,10 +20,10 @@ from .budget import Budget
 from .cache import commit, recording, undone, with_cache
 from .drafting import Drafting
 from .forward import forward_of
-from .inplace import put_in_front
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
+from .stopping import Stops
 from .tree import Appended, Ints, TokenTree, ancestors
 from .verify import Context, Verified, only_last, states_of, states_wanted, verify
 
@@ -55,7 +55,7 @@ class Decoding:
         self.hook = plugins.hook
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         self.drafting = Drafting(plugins, stats)
-        self.sequence = Growing(request.ids)
+        self.sequence, self.stops = Growing(request.ids), Stops(request.criteria)
         vocab = model.config.get_text_config().vocab_size
         # Plugins never see padding: neither its tokens nor its hidden states.
         shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
@@ -78,23 +78,18 @@ class Decoding:
         # Only now: a sliding layer that keeps its past would have kept all of a long prompt.
         with recording(self.request.cache):
             self.forward = forward_of(self.model)  # only now, see `grouped`
-            self.forward.lay_out(self.request.cache)
-            self.context = self.context.behind(self._put_prefixes())
-            self.hook.start(step=self.step, model=self.model)
-            # Broken off here a prompt stays whole, as in `generate`: sliding layers may be past its beginning.
-            self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
-            self.observe(verified)
-            del verified  # views of logits and hidden states of the whole prompt
-            while not self.done:
-                self.advance()
+            prefixes = self.plugins.prefixes()
+            with self.forward.laid_out(self.request.cache, self.context.visible, list(prefixes.values())):
+                columns = tuple((prefix.shape[3], source) for source, prefix in prefixes.items())
+                self.context = self.context.behind(columns)
+                self.hook.start(step=self.step, model=self.model)
+                # Broken off here a prompt stays whole, as in `generate`: sliding layers may be past its beginning.
+                self.take(TokenTree.chain(self.step.ids[-1]), {}, verified)
+                self.observe(verified)
+                del verified  # views of logits and hidden states of the whole prompt
+                while not self.done:
+                    self.advance()
         return self.sequence.all()
-
-    def _put_prefixes(self) -> tuple[tuple[int, int], ...]:
-        """Put the drafters' prefixes before the context, in one copy; the columns of each, and whose it is."""
-        prefixes = self.plugins.prefixes()
-        if prefixes:
-            put_in_front(self.request.cache, list(prefixes.values()))
-        return tuple((prefix.shape[3], source) for source, prefix in prefixes.items())
 
     def prefill(self) -> Verified:
         """Bring the prompt into the cache, in chunks where asked for; what the model says after its last token."""
@@ -167,7 +162,7 @@ class Decoding:
             if self.request.streamer is not None:
                 self.request.streamer.put(torch.tensor([token], device="cpu"))
             scores = tuple(self.request.picker.scores) or None
-            if bool(self.request.criteria(self.sequence.all(), scores).all()):
+            if self.stops(self.sequence.all(), token, scores):
                 self.done = True
                 break
         return path

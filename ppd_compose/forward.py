@@ -1,4 +1,4 @@
-"""How verify forwards are computed: as the base does it, with packed weights, or compiled.
+"""How verify forwards are computed: as the base does it, with packed weights, compiled, or recorded and played again.
 
 Knows the ways and what each asks of a forward. Does not know trees.
 """
@@ -6,17 +6,24 @@ Knows the ways and what each asks of a forward. Does not know trees.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
 from .compiled import compiled
+from .fixed import memory_of
 from .grouped import group, grouped
-from .inplace import in_place_layers, lay_in_place
+from .inplace import in_place_layers, lay_in_place, put_in_front
 from .packed import can_pack, is_packed, pack
+from .recorded import RECORDERS, Recordings, padded
 
+MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)  # where forwards are recorded
 REGIONS = "regions"  # of `compile`: by these
 
 
@@ -27,24 +34,44 @@ class Forward:
     model: Any
     compiled: bool = False
     regions: bool = False  # it is compiled by regions, where that can be
+    recordings: Recordings | None = None  # of its forwards, where they are recorded
 
     def idle(self, rows: int, cache: Cache) -> int:
         """Rows that stand at the end of a forward of `rows` rows and mean nothing.
 
-        A compiled graph for any number of rows does not take a single one, nor keys and values that fill their memory
-        without a gap; one row that is dropped after every forward sees to both.
+        Forwards are recorded in a few sizes. A compiled graph for any number of rows does not take a single one, nor
+        keys and values that fill their memory without a gap; one row that is dropped after every forward sees to both.
         """
+        if memory_of(cache) is not None:
+            return padded(rows) - rows
         return int(self.compiled and (rows == 1 or len(in_place_layers(cache)) < len(cache.layers)))
 
-    def lay_out(self, cache: Cache) -> None:
-        """Lay `cache` out as it is after a step."""
+    @contextmanager
+    def laid_out(self, cache: Cache, visible: Tensor, prefixes: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Within, `cache`, which is written in place, is laid out as it is after a step, behind `prefixes`.
+
+        Args:
+            visible: bool `[tokens]`, which of those that are cached are no padding.
+        """
         lay_in_place(cache)
         if self.compiled:
             leave_a_gap(cache)
+        if prefixes:
+            put_in_front(cache, prefixes)
+        fixed = self.recordings is not None and len(in_place_layers(cache)) == len(cache.layers)
+        with self.recordings.lent(self.model, cache, visible) if self.recordings and fixed else nullcontext():
+            yield
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows between which what a forward takes rises evenly."""
+        return MEASURED_ROWS if self.recordings is None else STEPS
 
     @property
     def kind(self) -> str:
-        """One of "eager", "packed", "compiled" and "regions": forwards of one kind cost the same."""
+        """One of "eager", "packed", "compiled", "regions" and "recorded": forwards of one kind cost the same."""
+        if self.recordings is not None:
+            return "recorded"
         if self.compiled:
             return "regions" if self.regions else "compiled"
         return "packed" if is_packed(self.model) else "eager"
@@ -77,7 +104,7 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str)
         return Forward(model)
     twin: Any = object.__new__(type(base))
     twin.__dict__.update(vars(model))
-    return Forward(twin, compiled=True, regions=compile == REGIONS)
+    return Forward(twin, compiled=True, regions=compile == REGIONS, recordings=_recordings(model))
 
 
 def forward_of(model: Any) -> Forward:
@@ -86,6 +113,14 @@ def forward_of(model: Any) -> Forward:
     if forward.compiled:
         vars(forward.model)["forward"] = compiled(forward.model, forward.regions)
     return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
+
+
+def _recordings(model: Any) -> Recordings | None:
+    """Where forwards of `model` are recorded: on one device of a kind that can be told the same again."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or model.device.type not in RECORDERS:
+        return None
+    return Recordings(model.device)
 
 
 def _own_modules(model: Any) -> None:

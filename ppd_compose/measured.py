@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from .budget import MEASURED_ROWS, Budget
+from .budget import Budget
 from .forward import forward_of
 from .hookspecs import hookimpl
 from .identity import Identity, device_name
@@ -94,7 +94,7 @@ class Watch:
 
 def _path(model: PreTrainedModel) -> Path:
     """One file for each thing that changes the seconds of a forward."""
-    device = device_name(model)
+    device, forward = device_name(model), forward_of(model)
     threads = torch.get_num_threads() if model.device.type == "cpu" else 0
     identity = Identity.of(model)
     layers = model.config.get_text_config().num_hidden_layers
@@ -110,8 +110,8 @@ def _path(model: PreTrainedModel) -> Path:
         places,
         implementation(model),
         threads,
-        forward_of(model).kind,
-        MEASURED_ROWS,
+        forward.kind,
+        forward.sizes,
         FORWARDS,
     ]
     key = hashlib.sha256(json.dumps([*facts, torch.__version__]).encode()).hexdigest()[:16]

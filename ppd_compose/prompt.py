@@ -26,7 +26,7 @@ from .peft_method import adapter_in
 from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
 from .step import Answer, Step
-from .top import best_tokens
+from .top import best_tokens, on_host
 from .tree import Appended, Floats, Ints, TokenTree
 
 RANKS = 1000  # of guesses whose accuracy is told, at most
@@ -164,10 +164,8 @@ class PromptTokens(Shared):
         answer = step.answers.get(self)
         if answer is None or not len(answer.kinds):
             return None
-        log_probs, tokens = self._guesses(answer)
-        return TokenTree.product(
-            step.ids[-1], list(tokens.numpy(force=True)), list(log_probs.numpy(force=True)), step.candidates
-        )
+        log_probs, tokens = on_host(*self._guesses(answer))
+        return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
 
     @hookimpl
     def append(self, step: Step, tree: TokenTree) -> Appended:

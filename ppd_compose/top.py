@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from .tree import Ints
 
 BLOCK = 128  # entries of the vocabulary that are searched together
 
@@ -29,3 +34,19 @@ def best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     chosen = blocks.amax(-1).topk(width).indices
     top, at = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(width)
     return top, chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+
+
+def on_host(claims: Tensor, tokens: Tensor) -> tuple[NDArray[np.float32], Ints]:
+    """`claims` in float32 and `tokens`, both of one shape, brought from their device in one copy."""
+    if claims.device.type == "cpu":
+        return claims.float().numpy(force=True), tokens.numpy()
+    return _unpacked(_packed(claims, tokens).numpy(force=True))
+
+
+def _packed(claims: Tensor, tokens: Tensor) -> Tensor:
+    """Both as int32, bit for bit: there are fewer tokens than that."""
+    return torch.stack([claims.float().view(torch.int32), tokens.int()])
+
+
+def _unpacked(both: NDArray[np.int32]) -> tuple[NDArray[np.float32], Ints]:
+    return both[0].view(np.float32), both[1].astype(np.int64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers import Cache
 from transformers.utils import output_capturing
 
 from .cache import with_cache
+from .fixed import Memory, memory_of
 from .forward import Forward
 from .inplace import count, hide_front, make_room
 from .mask import layered_mask
-from .tree import Appended, Ints, TokenTree, ancestors, stacked_parents
+from .recorded import Told, play
+from .tree import Appended, Bools, Ints, TokenTree, ancestors, stacked_parents
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Context:
     @property
     def length(self) -> int:
         return len(self.visible)
+
+    def positions(self, see: Bools) -> Ints:
+        """Of rows below what is cached, by who sees whom `[rows, rows]` among them `[rows]`."""
+        positions: Ints = int(self.visible.sum()) + see.sum(1) - 1
+        return positions
 
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
@@ -69,23 +77,18 @@ def verify(
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
-    make_room(cache, sum(sizes) + idle)
-    front = _in_front(context, tree, appended, idle)
-    if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
-        front = front[:, :0]
-    hide_front(cache, not front.shape[1])
-    out = forward.model(
-        **_rows(forward, tree, appended, idle),
-        **_who_sees_whom(forward, cache, context, front, stacked_parents(tree, appended)),
-        **with_cache(forward.model, cache),
-        return_dict=True,
-        **states_wanted(layers),
-        **kwargs,
-    )
+    rows, wanted = _Rows(tree, appended, idle), {**states_wanted(layers), **kwargs}
+    if (memory := memory_of(cache)) is None:
+        out = _launched(forward, cache, context, rows, wanted)
+    else:
+        out = _played(forward, memory, context, rows, wanted)
     wait(forward.model)
-    count(cache, sum(sizes) + idle)
-    logits, *answers = out.logits[0, : sum(sizes)].split(sizes)
-    return Verified(logits, list(answers), states_of(out, layers), sum(sizes) + idle)
+    count(cache, len(rows))
+    # What was recorded is written over by the next forward.
+    own = torch.clone if memory else torch.detach
+    logits, *answers = own(out.logits[0, : sum(sizes)]).split(sizes)
+    states = {layer: own(told) for layer, told in states_of(out, layers).items()}
+    return Verified(logits, list(answers), states, len(rows))
 
 
 def wait(model: Any) -> None:
@@ -111,34 +114,81 @@ def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     return {layer: out.hidden_states[layer][0] for layer in layers}
 
 
-def _rows(forward: Forward, tree: TokenTree, appended: Sequence[Appended], idle: int) -> dict[str, Tensor]:
-    ids = torch.from_numpy(tree.tokens)[None].to(forward.model.device)
-    if not appended and not forward.compiled:
-        return {"input_ids": ids}
-    embed = forward.model.get_input_embeddings()(ids)  # for a compiled forward always: one graph serves all
-    own = [rows.embeddings[torch.from_numpy(rows.kinds).to(embed.device)].to(embed) for rows in appended]
-    unseen = embed.new_zeros(1, idle, embed.shape[2])
-    return {"inputs_embeds": torch.cat([embed, *(rows[None] for rows in own), unseen], dim=1)}
+@dataclass(frozen=True)
+class _Rows:
+    """All rows of a forward: a tree's, those appended to it, and idle ones, each of which sees itself alone."""
+
+    tree: TokenTree
+    appended: Sequence[Appended]
+    idle: int
+
+    def __len__(self) -> int:
+        return len(self.tree) + sum(map(len, self.appended)) + self.idle
+
+    def words(self) -> Ints:
+        """Of each row its token, or which of its block's embeddings it carries."""
+        return np.concatenate([self.tree.tokens, *(rows.kinds for rows in self.appended), np.zeros(self.idle, int)])
+
+    def embedded(self, model: Any, words: Tensor) -> Tensor:
+        """What the rows of `words` are in the model's space `[1, rows, hidden]`."""
+        of_tree, *of_blocks, _ = words.split([len(self.tree), *map(len, self.appended), self.idle])
+        embed = model.get_input_embeddings()(of_tree[None])
+        blocks = zip(self.appended, of_blocks, strict=True)
+        own = [rows.embeddings[kinds.to(embed.device)].to(embed)[None] for rows, kinds in blocks]
+        return torch.cat([embed, *own, embed.new_zeros(1, self.idle, embed.shape[2])], dim=1)
+
+    def see(self) -> Bools:
+        """Who sees whom `[rows, rows]`."""
+        return ancestors(np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)]))
+
+    def see_in_front(self, context: Context) -> Bools:
+        """Which rows see which columns of the prefixes `[rows, columns]`: of a tree and idle ones none does."""
+        if not context.prefixes:
+            return np.zeros((len(self), 0), bool)
+        owners = np.repeat([source for _, source in context.prefixes], [columns for columns, _ in context.prefixes])
+        blocks = [np.full(len(rows), rows.source) for rows in self.appended]
+        sources = np.concatenate([np.zeros(len(self.tree), int), *blocks, np.zeros(self.idle, int)])
+        seen: Bools = sources[:, None] == owners
+        return seen
 
 
-def _in_front(context: Context, tree: TokenTree, appended: Sequence[Appended], idle: int) -> Tensor:
-    """Which rows see which columns of the prefixes, bool `[rows, columns]`: of a tree and idle ones none does."""
-    if not context.prefixes:
-        return torch.zeros(len(tree) + sum(map(len, appended)) + idle, 0, dtype=torch.bool, device="cpu")
-    owners = np.repeat([source for _, source in context.prefixes], [columns for columns, _ in context.prefixes])
-    blocks = [np.full(len(rows), rows.source) for rows in appended]
-    sources = np.concatenate([np.zeros(len(tree), np.int64), *blocks, np.zeros(idle, np.int64)])
-    return torch.from_numpy(sources[:, None] == owners)
+def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
+    """What the model says of `rows`, below keys and values wherever they lie."""
+    make_room(cache, len(rows))
+    front = rows.see_in_front(context)
+    if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
+        front = front[:, :0]
+    hide_front(cache, not front.shape[1])
+    words = torch.from_numpy(rows.words()).to(forward.model.device)
+    # For a compiled forward always embeddings: one graph serves all.
+    plain = not rows.appended and not forward.compiled
+    given = {"input_ids": words[None]} if plain else {"inputs_embeds": rows.embedded(forward.model, words)}
+    return forward.model(
+        **given,
+        **_who_sees_whom(forward.model, cache, context, torch.from_numpy(front), rows.see()),
+        **with_cache(forward.model, cache),
+        return_dict=True,
+        **wanted,
+    )
 
 
-def _who_sees_whom(forward: Forward, cache: Cache, context: Context, front: Tensor, parents: Ints) -> dict[str, Any]:
-    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding. Behind the rows
-    of `parents` come idle ones, as many as `front` `[rows, columns]` has beyond."""
-    model = forward.model
-    see = torch.from_numpy(ancestors(np.concatenate([parents, np.full(len(front) - len(parents), -1)])))
-    visible = context.visible
-    positions = int(visible.sum()) + see.sum(1) - 1
-    places = {"position_ids": positions[None].to(model.device)}
+def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
+    """The same by what was recorded over `memory`, in which the keys and values lie."""
+    memory.make_room(len(rows))
+    see = rows.see()
+    told = Told.of(memory.columns, rows.words(), context.positions(see), see, rows.see_in_front(context))
+    return play(forward.model, memory, told, partial(rows.embedded, forward.model), wanted)
+
+
+def _who_sees_whom(model: Any, cache: Cache, context: Context, front: Tensor, who: Bools) -> dict[str, Any]:
+    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding.
+
+    Args:
+        front: bool `[rows, columns]`, which rows see which columns of the prefixes.
+        who: `[rows, rows]`, which rows they see.
+    """
+    see, visible = torch.from_numpy(who), context.visible
+    places = {"position_ids": torch.from_numpy(context.positions(who))[None].to(model.device)}
     if len(see) == 1 and bool(visible.all()):
         return places
     # Windows are counted in columns, as transformers does: those that are hidden count too.

@@ -17,12 +17,14 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.mllama import MllamaTextConfig
 
 from ppd_compose import PromptTokens, compose, inplace, verify
 from ppd_compose.cache import GENERATE_NAME, with_cache
 from ppd_compose.decode import Decoding
+from ppd_compose.stopping import Stops
 
 PREFIX = torch.ones(3, 2, 2, 1, 8)  # of prompt tokens for `tiny`
 
@@ -527,3 +529,25 @@ def test_statistics_of_a_generation_that_is_broken_off_are_of_all_its_steps():
     stats = model.stats
     assert stats.forwards < stats.tokens <= 24
     assert sum(right for _, _, right in stats.claims) == stats.tokens - stats.forwards
+
+
+def test_criteria_asked_as_numbers_end_a_sequence_where_those_of_transformers_do():
+    class Odd(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] % 2 == 1
+
+    ends = EosTokenCriteria([4, 6])
+    for criteria in (
+        [MaxLengthCriteria(9)],
+        [ends],
+        [ends, MaxLengthCriteria(9, 160), Odd()],
+        [MaxLengthCriteria(9, 3)],
+        [],
+    ):
+        theirs = StoppingCriteriaList(criteria)
+        ours = Stops(theirs)
+        for token in range(8):
+            for length in (1, 8, 9, 10):
+                ids = torch.full((1, length), token)
+                assert ours(ids, token, None) is bool(theirs(ids, None).all()), (criteria, token, length)
+    assert [type(each) for each in Stops(StoppingCriteriaList([MaxLengthCriteria(9, 3)])).others] == [MaxLengthCriteria]

@@ -7,7 +7,7 @@ from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Step, TokenTree, compose, hookimpl
 from ppd_compose.prompt import average, marginal_gains
-from ppd_compose.top import best_tokens
+from ppd_compose.top import _packed, _unpacked, best_tokens, on_host
 
 
 class Watches:
@@ -49,6 +49,13 @@ def test_an_answer_is_what_the_model_says_after_sequence_and_prompt_tokens(famil
 def test_the_distributions_of_an_ensemble_are_averaged():
     logits = torch.randn(3, 50, dtype=torch.float64)
     torch.testing.assert_close(average(logits), logits.softmax(-1).mean(0).log().float())
+
+
+def test_guesses_come_from_a_device_in_one_copy_as_they_are():
+    claims, tokens = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), torch.arange(30).view(3, 10) * 9999
+    for ours, theirs in zip(_unpacked(_packed(claims, tokens).numpy()), on_host(claims, tokens), strict=True):
+        assert (ours.dtype, ours.tolist()) == (theirs.dtype, theirs.tolist())
+    assert ours.tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("vocab", [5, 300, 2560, 5120, 9999])

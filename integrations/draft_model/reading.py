@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ppd_compose.cache import commit, with_cache
 from ppd_compose.mask import attention_mask
-from ppd_compose.top import best_tokens
+from ppd_compose.top import best_tokens, on_host
 from ppd_compose.tree import Floats, Ints, ancestors
 
 CHUNK = 512  # tokens of a prompt that are read in one forward
@@ -165,7 +165,7 @@ class Reading:
         if n and v > 1:
             each = logits[rows:].log_softmax(-1).view(rows * n, v, -1)
             logits = torch.cat([logits[:rows], each.logsumexp(1) - math.log(v)])
-        claims, tokens = (best.numpy(force=True) for best in best_tokens(logits, self.width))
+        claims, tokens = on_host(*best_tokens(logits, self.width))
         return Ahead(_by_row(tokens, rows), _by_row(claims, rows).astype(np.float64))
 
 

@@ -23,7 +23,7 @@ from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
 from ppd_compose.step import Answer
-from ppd_compose.top import best_tokens
+from ppd_compose.top import best_tokens, on_host
 from ppd_compose.tree import Ints
 
 from .beside import PromptHeads, by_distance
@@ -239,8 +239,8 @@ class MedusaHeads(Shared):
         width = WIDTH if self.choices is None else self.choices.width
         # A calibration holds for the guesses by which it was found, so no fewer are looked at.
         log_probs, best = best_tokens(logits, max(width, WIDTH))
-        tokens = best if placed.heads.token_map is None else placed.heads.token_map[best]
-        claims: NDArray[np.floating] = log_probs.numpy(force=True)
+        known = placed.heads.token_map
+        claims, tokens = on_host(log_probs, best if known is None else known[best])
         if self.calibration is not None:
             claims = calibrated(claims, self.calibration)
-        return claims[:, :width], tokens.numpy(force=True)[:, :width]
+        return claims[:, :width], tokens[:, :width]

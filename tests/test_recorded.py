@@ -1,0 +1,274 @@
+"""Forwards that are recorded and played again: on a CPU the operations are taped and done anew on the same tensors, as
+a CUDA graph does them."""
+
+import warnings
+
+import pytest
+import torch
+from ppd_compose.integrations.medusa import MedusaHeads
+from ppd_compose.integrations.recycling import TokenRecycling
+from test_eagle import eagle
+from test_forward import needs_compiler
+from test_medusa import random_heads
+from test_prefix import with_prefix
+from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, StoppingCriteria
+
+from ppd_compose import compose, fixed, forward, hookimpl, recorded
+from ppd_compose.cache import GENERATE_NAME
+
+
+class Tape(TorchDispatchMode):
+    """Records what is computed: whatever Python does meanwhile is done once, and a look at numbers is refused."""
+
+    played = 0
+
+    def __init__(self, device):
+        super().__init__()
+
+    def __call__(self, run):
+        for _ in range(recorded.WARM):
+            run()
+        self.steps = steps = []
+        with self:
+            out = run()
+
+        def play():
+            Tape.played += 1
+            for operation, args, kwargs, before in steps:
+                _write(operation, operation(*args, **kwargs), before)
+            return out
+
+        return play
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the device is not to be waited for")
+        out = operation(*args, **(kwargs or {}))
+        self.steps.append((operation, args, kwargs or {}, out))
+        return out
+
+
+def _write(operation, new, before):
+    """What an operation gave stands where it stood, unless it is a view or was written in place anyway."""
+    if any(given.alias_info for given in operation._schema.returns):
+        return
+    for mine, theirs in zip(tree_leaves(before), tree_leaves(new), strict=True):
+        if isinstance(mine, torch.Tensor):
+            mine.copy_(theirs)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Compositions with `compile=True` record eager forwards."""
+    monkeypatch.setitem(recorded.RECORDERS, "cpu", Tape)
+    monkeypatch.setattr(forward, "compiled", lambda model, regions: type(model).forward.__get__(model))
+    monkeypatch.setattr(forward, "can_pack", lambda model: False)
+    monkeypatch.setattr(Tape, "played", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def answer(model, ids=None, tokens=30, **more):
+    ids = prompt() if ids is None else ids
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **more)
+
+
+FULL = ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "opt", "olmo2", "granite", "gpt2", "smollm3"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FULL)
+def test_what_was_recorded_gives_the_tokens_of_the_base(family, attention, taped):
+    base = tiny(family, attention=attention)
+    want = answer(base)
+    model = compose(base, Oracle(want[0].tolist()), prompt_tokens(), budget=12, compile=True)
+    for seed in range(3):
+        ids = prompt(seed=seed)
+        assert torch.equal(answer(model, ids), answer(base, ids))
+    assert Tape.played > 10
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_windows_are_not_recorded(family, taped):
+    base = tiny(family)
+    assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base))
+    assert not Tape.played
+
+
+def test_all_drafters_with_prefix_padding_and_chunks(taped):
+    """Hidden states, prefixes and rows in front are as of forwards that are launched."""
+    base = tiny()
+    ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt()], dim=1)
+    how = {"attention_mask": (ids != 0).long(), "max_new_tokens": 40, "do_sample": False, "prefill_chunk_size": 4}
+    want = base.generate(ids, **how)
+    told = []
+    for compile in (False, True):
+        drafters = [with_prefix(base, 3, 2, 2), MedusaHeads(random_heads()), eagle(grow=4), TokenRecycling()]
+        model = compose(base, *drafters, Oracle(want[0].tolist(), lie=3), budget=20, compile=compile)
+        assert torch.equal(model.generate(ids, **how), want)
+        told.append((model.stats.forwards, dict(model.stats.candidates), dict(model.stats.accepted)))
+    assert told[0] == told[1]
+
+
+def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
+    monkeypatch.setattr(fixed, "FEWEST", 16)
+    monkeypatch.setattr(recorded, "BLOCK", 8)
+    base = tiny()
+    want = answer(base, tokens=100)
+    model = compose(base, Oracle(want[0].tolist()), with_prefix(base), budget=12, compile=True)
+    for _ in range(2):
+        assert torch.equal(answer(model, tokens=100), want)
+    (memory,) = model.forwards.recordings.free
+    assert memory.room == 128
+    assert {columns for _, _, columns, *_ in memory.recordings} > {112}
+
+
+def test_a_chat_goes_on_from_a_cache_that_later_answers_leave_alone(taped):
+    base = tiny()
+    told = []
+    for model in (base, compose(base, prompt_tokens(), budget=12, compile=True)):
+        first = answer(model, tokens=12, return_dict_in_generate=True)
+        answer(model, prompt(50, seed=3))  # writes where the first one was
+        ids = torch.cat([first.sequences, prompt(seed=1)], dim=1)
+        second = answer(model, ids, return_dict_in_generate=True, output_logits=True, **continuing(first))
+        told.append((second.sequences, second[GENERATE_NAME].layers[1].keys, torch.stack(second.logits)))
+    for ours, theirs in zip(*told, strict=True):
+        assert torch.equal(ours, theirs) or torch.allclose(ours, theirs)
+
+
+def test_sampling_gives_the_same_draws_and_scores(taped):
+    base = tiny()
+    told = []
+    for model in (base, compose(base, prompt_tokens(), budget=12, compile=True)):
+        torch.manual_seed(3)
+        how = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}
+        out = model.generate(prompt(), max_new_tokens=30, **how, return_dict_in_generate=True, output_scores=True)
+        told.append((out.sequences, torch.stack(out.scores)))
+    assert torch.equal(told[0][0], told[1][0])
+    assert torch.allclose(told[0][1], told[1][1])
+
+
+def test_two_answers_at_once_do_not_share_memory(taped):
+    """The second begins and ends in the midst of the first."""
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+
+    class Asks(StoppingCriteria):
+        asked = None
+
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == 20:
+                self.asked = answer(model, prompt(seed=5))
+            return torch.zeros(1, dtype=torch.bool)
+
+    asks = Asks()
+    assert torch.equal(answer(model, stopping_criteria=[asks]), answer(base))
+    assert torch.equal(asks.asked, answer(base, prompt(seed=5)))
+    assert len(model.forwards.recordings.free) == 2
+
+
+def test_weights_that_lie_elsewhere_are_recorded_anew_and_those_written_over_are_read(taped):
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), before := answer(base))
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight.mul_(-1.5)
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    model.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.flip(0))
+    assert torch.equal(answer(model)[0, 12], (VOCAB - 1 - answer(base))[0, 12])
+
+
+def test_numbers_of_an_answer_that_are_none_spoil_no_later_one(taped):
+    base = tiny()
+    model = compose(base, Oracle(answer(base)[0].tolist()), budget=12, compile=True)
+    weight = base.model.embed_tokens.weight
+    with torch.no_grad():
+        held, weight[5] = weight[5].clone(), torch.nan
+        answer(model, torch.full((1, 9), 5))
+        weight[5] = held
+    assert torch.equal(answer(model), answer(base))
+
+
+def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped):
+    """A router that asks the device how many tokens an expert gets, say."""
+    base = tiny("mixtral")
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
+        assert torch.equal(answer(model), answer(base))
+    assert not Tape.played
+
+
+@pytest.mark.parametrize("after", [1, 2, 7])
+def test_an_answer_that_breaks_off_leaves_the_cache_that_it_was_given(after, taped):
+    base, told = tiny(), []
+    for compile in (False, True):
+        model = compose(base, prompt_tokens(), budget=12, compile=compile)
+        cache = DynamicCache(config=base.config)
+
+        class Breaks(StoppingCriteria):
+            left = after
+
+            def __call__(self, input_ids, scores, **kwargs):
+                self.left -= 1
+                if not self.left:
+                    raise KeyboardInterrupt
+                return torch.zeros(1, dtype=torch.bool)
+
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, stopping_criteria=[Breaks()], **{GENERATE_NAME: cache})
+        told.append([(type(layer), layer.keys) for layer in cache.layers])
+        assert torch.equal(answer(model), answer(base))
+    for (kind, keys), (other, theirs) in zip(*told, strict=True):
+        assert (kind, keys.shape) == (other, theirs.shape)
+        assert torch.allclose(keys, theirs)
+
+
+def test_a_budget_knows_the_sizes(taped):
+    model = compose(tiny(), prompt_tokens(), compile=True)
+    model.warmup()
+    assert model.budget.rows == (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)
+    assert [recorded.padded(rows) for rows in model.budget.rows] == [2, 2, 4, 4, 8, 8, 16, 16, 32, 32, 64, 64]
+    assert recorded.padded(65) == 128
+
+
+def test_a_forward_sees_few_numbers_of_columns_and_never_many_too_many():
+    sizes = [recorded.seen(n) for n in range(1, 9000)]
+    assert all(n <= size < max(1.25 * n, n + 256) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 20
+
+
+class Keeps:
+    """Observer that keeps what it was shown."""
+
+    name = "keeps"
+
+    def __init__(self):
+        self.kept = []
+
+    @hookimpl
+    def observe(self, step, logits):
+        self.kept.append((logits, logits.clone()))
+
+
+def test_what_a_plugin_keeps_of_a_forward_is_not_written_over(taped):
+    keeps = Keeps()
+    answer(compose(tiny(), prompt_tokens(), budget=12, plugins=[keeps], compile=True))
+    assert Tape.played > 10
+    assert all(torch.equal(kept, then) for kept, then in keeps.kept)
+
+
+@needs_compiler
+def test_a_compiled_forward_of_fixed_sizes_gives_the_tokens_of_the_base(monkeypatch):
+    """As it is where it cannot be recorded."""
+    monkeypatch.setitem(recorded.RECORDERS, "cpu", lambda device: lambda run: run)
+    base = tiny()
+    model = compose(base, with_prefix(base), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(answer(model, tokens=100), answer(base, tokens=100))
+        assert torch.equal(answer(model, prompt(50, seed=3)), answer(base, prompt(50, seed=3)))
