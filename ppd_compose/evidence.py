@@ -19,7 +19,7 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs,
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
-TOGETHER, EARLY = 8, 128  # steps are learnt from so many at a time, at first one at a time, one more after each 128
+TOGETHER, EARLY = 8, 64  # steps are learnt from so many at a time, at first one at a time, one more after each 64
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -85,7 +85,8 @@ class Evidence:
     @hookimpl(trylast=True)
     def merge(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
         """Every path of every drafter once, with the pooled chance of the whole path."""
-        tokens, parents, places = joined(trees)
+        trees = [tree for tree in trees if len(tree) > 1] or trees[:1]
+        tokens, parents, places = joined(trees) if len(trees) > 1 else _alone(trees[0])
         claims, sources = np.full((len(tokens), len(self.drafters)), -np.inf), np.zeros(len(tokens), np.int64)
         for tree, at in zip(trees, places, strict=True):
             (mine,) = tree.sources.nonzero()
@@ -149,6 +150,11 @@ class Evidence:
         chances = np.ones(len(features))
         chances[1:] = shares((features[1:] * weights[depths[1:] - 1]).sum(1), parents[1:])
         return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
+
+
+def _alone(tree: TokenTree) -> tuple[Ints, Ints, list[Ints]]:
+    """As `joined` of `tree` alone, whose paths differ."""
+    return tree.tokens, tree.parents, [np.arange(len(tree))]
 
 
 def _followed(tree: TokenTree, following: Sequence[int]) -> Committed:

@@ -84,7 +84,7 @@ class BestRows:
         pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
         self._judge(step, tree, pace)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
-        values = _capped(stacked_parents(tree, appended), np.concatenate([np.exp(tree.log_probs), *gains]))
+        values = _capped(stacked_parents(tree, appended), np.concatenate([tree.chances, *gains]))
         best = (-values).argsort(kind="stable")[: len(pace.curve)]
         net = values[best].cumsum() - pace.rate * pace.curve[: len(best)]
         sizes = _sizes(len(best))

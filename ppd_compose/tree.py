@@ -58,17 +58,19 @@ class TokenTree:
         offset = 0
         for words, claims in zip(tokens, log_probs, strict=True):
             # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
-            claimed, words = levels[-1][2], np.asarray(words)
-            scores = (claimed[:, None] + np.asarray(claims)).ravel()
-            best = (-scores).argsort(kind="stable")[:size]
-            levels.append((words[best % words.size], offset + best // words.size, scores[best]))
-            offset += len(claimed)
-        columns = [np.concatenate(column) for column in zip(*levels, strict=True)]
+            costs, words = levels[-1][2], np.asarray(words)
+            paid = (costs[:, None] - np.asarray(claims)).ravel()
+            best = paid.argsort(kind="stable")[:size]
+            above, rank = np.divmod(best, words.size)
+            levels.append((words[rank], offset + above, paid[best]))
+            offset += len(costs)
+        words, parents, costs = (np.concatenate(column) for column in zip(*levels, strict=True))
         # Stable, and a parent stands before its children: of equals it is taken first.
-        kept = (-columns[2]).argsort(kind="stable")[:size]
+        kept = costs.argsort(kind="stable")[:size]
         kept.sort()
-        at = renumber(kept, len(columns[0]))
-        return cls.of(columns[0][kept], at[columns[1][kept]], columns[2][kept])
+        above = np.searchsorted(kept, parents[kept])
+        above[0] = -1
+        return cls.of(words[kept], above, -costs[kept])
 
     def marked(self, sources: int) -> TokenTree:
         """The same tree, every node but the root proposed by `sources`."""
@@ -91,19 +93,30 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`."""
-        return self.places.get(node * SPREAD + token)
+        (found,) = ((self.parents == node) & (self.tokens == token)).nonzero()
+        return int(found[0]) if len(found) else None
 
     @cached_property
     def places(self) -> dict[int, int]:
         """Every node, by its parent and token, the former times `SPREAD`."""
         return {key: node for node, key in enumerate((self.parents * SPREAD + self.tokens).tolist())}
 
+    @cached_property
+    def chances(self) -> Floats:
+        """Claimed chance, for each node, that it is accepted `[nodes]`."""
+        chances: Floats = np.exp(self.log_probs)
+        return chances
+
     def stop_chances(self) -> Floats:
         """Claimed chance, for each node, that it is the last one accepted `[nodes]`."""
-        reach = np.exp(self.log_probs)
-        below = np.bincount(self.parents[1:], reach[1:], len(self))
-        chances: Floats = np.maximum(reach - below, 0.0)
-        return chances
+        stops: Floats = self._stops.copy()
+        return stops
+
+    @cached_property
+    def _stops(self) -> Floats:
+        below = np.bincount(self.parents[1:], self.chances[1:], len(self))
+        stops: Floats = np.maximum(self.chances - below, 0.0)
+        return stops
 
 
 @dataclass(frozen=True)

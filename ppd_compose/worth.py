@@ -82,7 +82,7 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
     """
     riding = step.rows - (0 if step.tree is None else len(step.tree))
     price = price[min(riding, len(price) - 1) :]
-    earned = np.exp(tree.log_probs)
+    earned = tree.chances
     order = (-earned).argsort(kind="stable")
     every = _best(earned[order], price)
     return [every - _best(earned[order[~gone[order]]], price) for gone in _alone(step, tree)]
