@@ -240,7 +240,6 @@ class MedusaHeads(Shared):
         # A calibration holds for the guesses by which it was found, so no fewer are looked at.
         log_probs, best = best_tokens(logits, max(width, WIDTH))
         known = placed.heads.token_map
-        claims, tokens = on_host(log_probs, best if known is None else known[best])
-        if self.calibration is not None:
-            claims = calibrated(claims, self.calibration)
+        told, tokens = on_host(log_probs, best if known is None else known[best])
+        claims = told if self.calibration is None else calibrated(told, self.calibration)
         return claims[:, :width], tokens[:, :width]
