@@ -135,6 +135,7 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "speedup_by_round": _by_round(answers, base),
         "tokens_per_forward": sum(s.tokens for s in stats) / max(forwards, 1),
         "expected_per_forward": sum(s.expected for s in stats) / max(forwards, 1),
+        **_calibration(stats),
         "rows_per_forward": sum(s.rows for s in stats) / max(forwards, 1),
         "host_ms_per_step": 1000 * sum(s.host_seconds for s in stats) / max(forwards, 1),
         "identical": sum(a.ids == b.ids for a, b in zip(answers, base, strict=True)),
@@ -143,6 +144,17 @@ def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) 
         "reliability": _reliability(stats),
         "by_category": {c: _category(c, answers, base) for c in dict.fromkeys(a.category for a in answers)},
     }
+
+
+def _calibration(stats: Sequence[Stats]) -> dict[str, float]:
+    """Tokens expected by those found, and how far chance alone moves that from one set of so many questions to the
+    next: the standard error of a ratio of sums (Cochran 1977, chapter 6), each question one draw."""
+    expected, found = (np.array([getattr(s, name) for s in stats], float) for name in ("expected", "tokens"))
+    if len(stats) < 2 or not found.sum():
+        return {}
+    ratio = expected.sum() / found.sum()
+    error = np.sqrt(len(stats) / (len(stats) - 1) * ((expected - ratio * found) ** 2).sum()) / found.sum()
+    return {"expected_over_found": float(ratio), "expected_over_found_error": float(error)}
 
 
 def _rate(answers: Sequence[Answered]) -> float:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.recycling import TokenRecycling
@@ -47,6 +48,21 @@ def test_what_drafters_can_change_is_told_apart_from_the_prefill():
     mine, theirs = Answered("qa", 1, [2.0, 1.5], list(range(10)), stats), Answered("qa", 1, [3.0, 3.0], list(range(10)))
     assert summarise("mine", [mine], [theirs])["tokens_per_second_after_prefill"] == 9 / (1.5 - 0.5)
     assert summarise("theirs", [theirs], [theirs])["tokens_per_second_after_prefill"] == 0
+
+
+def test_expectations_are_told_with_what_chance_alone_would_move_them_by():
+    def told(pairs):
+        mine = [Answered("qa", 1, [1.0], [0, 1], Stats(forwards=9, tokens=n, expected=e)) for e, n in pairs]
+        return summarise("mine", mine, [Answered("qa", 1, [1.0], [0, 1])] * len(mine))
+
+    each = told([(11.0, 10), (22.0, 20)])
+    assert each["expected_over_found"] == pytest.approx(1.1)
+    assert each["expected_over_found_error"] == pytest.approx(0.0, abs=1e-12)
+    dice = np.random.default_rng(0)
+    drawn = [told([(20.0, int(dice.poisson(20))) for _ in range(30)]) for _ in range(400)]
+    spread = np.std([each["expected_over_found"] for each in drawn])
+    assert np.mean([each["expected_over_found_error"] for each in drawn]) == pytest.approx(spread, rel=0.1)
+    assert "expected_over_found" not in told([(11.0, 10)])
 
 
 def test_tokens_and_seconds_of_rounds_whose_answers_differ():
