@@ -86,7 +86,8 @@ def _graph(run: Any, key: Hashable, whole: bool = True) -> Callable[..., Any]:
     if key not in _graphs:
         run.__code__ = run.__code__.replace(co_name=f"forward_{len(_graphs)}")
         # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake.
-        options: dict[str, Any] = {"emulate_precision_casts": True}
+        # Never within graphs of the device by inductor: it is us who record them.
+        options: dict[str, Any] = {"emulate_precision_casts": True, "triton.cudagraphs": False}
         if whole:
             options["guard_filter_fn"] = UNGUARDED
         _graphs[key] = torch.compile(run, dynamic=True, fullgraph=whole, options=options)
@@ -119,7 +120,7 @@ def _parts(module: Any) -> Hashable:
     """Kinds and settings of `module` and those in it, sizes of tensors, and which are the same."""
     first: dict[int, int] = {}  # which of all that was seen so far is the same
     modules = [
-        (name, first.setdefault(id(each), len(first)), type(each), _hooks(each), _settings(each, not name))
+        (name, first.setdefault(id(each), len(first)), type(each), hooks_of(each), _settings(each, not name))
         for name, each in module.named_modules(remove_duplicate=False)
     ]
     tensors = [
@@ -130,7 +131,7 @@ def _parts(module: Any) -> Hashable:
     return tuple(modules), tuple(tensors)
 
 
-def _hooks(module: Any) -> Hashable:
+def hooks_of(module: Any) -> tuple[Hashable, ...]:
     """The hooks of `module` but those by which transformers notes hidden states, which is a part of every graph."""
     hooks = [hook for name in CALLED for hook in getattr(module, name, {}).values()]
     return tuple(Same(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)

@@ -6,7 +6,7 @@ Knows where each layer's lie, and how many columns there is room for. Does not k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,25 @@ FEWEST = 512  # columns that there is room for
 class Memory:
     """Room for the keys and values of one sequence at a time, and what was recorded of forwards that use it.
 
-    `recorder` records forwards, and `facts` is what these recordings take for given.
+    Args:
+        recorder: makes what records forwards.
+        facts: what these recordings take for given.
     """
 
-    def __init__(self, recorder: Any, facts: Hashable) -> None:
-        self.recorder, self.facts = recorder, facts
-        self.recordings: dict[Hashable, Any] = {}
+    def __init__(self, recorder: Callable[[], Any], facts: Hashable) -> None:
+        self.make_recorder, self.facts = recorder, facts
+        self.recordable = True  # none has failed
+        self.forget()
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
         self.cache: Any = None  # whose layers these are at the time
         # Of the forward that is being computed: where its own go `[rows]`, and how many columns it sees.
         self.places, self.seen = torch.zeros(0, dtype=torch.long), 0
+
+    def forget(self) -> None:
+        """Let go of all recordings, and of what they were made with."""
+        self.recordings: dict[Hashable, Any] = {}
+        self.recorder = self.make_recorder()
 
     @property
     def room(self) -> int:
@@ -56,6 +64,8 @@ class Memory:
             layer.keys, layer.values = keys, values
             layer.take_in()
         self.cache, cache.layers = cache, list(mine)
+        for layer in mine:
+            layer.let_go()
 
     def give_back(self, cache: Cache) -> None:
         """Let the layers of `cache` be those that they were, with copies of what they hold now."""
@@ -84,12 +94,14 @@ class Memory:
         there = {kind: len(stack) for kind, stack in self.stacks.items()}
         if counts == there and columns <= self.room and {like.dtype} == {s.dtype for s in self.stacks.values()}:
             return
+        self.forget()  # before what they read is gone
+        self.stacks = {}
         room = max(FEWEST, 1 << (columns - 1).bit_length()) + 1
-        self.stacks = {
-            (heads, size): like.new_zeros(count, 1, heads, room, size) for (heads, size), count in counts.items()
-        }
-        self.visible = torch.ones(room, dtype=torch.bool, device=like.device)
-        self.recordings.clear()
+        with torch.inference_mode(False):  # what was made within could not be written to without
+            self.stacks = {
+                (heads, size): like.new_zeros(count, 1, heads, room, size) for (heads, size), count in counts.items()
+            }
+            self.visible = torch.ones(room, dtype=torch.bool, device=like.device)
 
     def _views(self, layers: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each of `layers` in this memory."""
@@ -105,11 +117,16 @@ class FixedLayer(InPlaceLayer):
         self.inner, self.memory, self.front = inner, memory, inner.front
 
     def take_in(self) -> None:
-        """Copy what the layer held that this one stands in for, and let it go."""
+        """Copy what the layer held that this one stands in for."""
         held = self.extent.columns
         for name in ("keys", "values"):
             theirs, mine = getattr(self.inner, name), getattr(self, name)
             mine[..., :held, :] = theirs[..., :held, :]
+
+    def let_go(self) -> None:
+        """Let the layer that this one stands in for hold what this one does, so that its own memory is free."""
+        for layer in (self.inner, self.layer):
+            layer.keys, layer.values = self.keys, self.values
 
     def moved_out(self) -> InPlaceLayer:
         """The layer that this one stands in for, with a copy of what counts."""

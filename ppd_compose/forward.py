@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from .fixed import memory_of
 from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place, put_in_front
 from .packed import can_pack, is_packed, pack
-from .recorded import RECORDERS, Recordings, padded
+from .recorded import Recordings, can_record, padded
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)  # where forwards are recorded
@@ -34,7 +34,7 @@ class Forward:
     model: Any
     compiled: bool = False
     regions: bool = False  # it is compiled by regions, where that can be
-    recordings: Recordings | None = None  # of its forwards, where they are recorded
+    recordings: Recordings = field(default_factory=Recordings)  # of its forwards, where they are recorded
 
     def idle(self, rows: int, cache: Cache) -> int:
         """Rows that stand at the end of a forward of `rows` rows and mean nothing.
@@ -58,19 +58,24 @@ class Forward:
             leave_a_gap(cache)
         if prefixes:
             put_in_front(cache, prefixes)
-        fixed = self.recordings is not None and len(in_place_layers(cache)) == len(cache.layers)
-        with self.recordings.lent(self.model, cache, visible) if self.recordings and fixed else nullcontext():
+        fixed = self.recorded and len(in_place_layers(cache)) == len(cache.layers)
+        with self.recordings.lent(self.model, cache, visible) if fixed else nullcontext():
             yield
+
+    @property
+    def recorded(self) -> bool:
+        """Whether forwards are recorded where the model is now, unless their KV cache has windows."""
+        return self.compiled and can_record(self.model)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of rows between which what a forward takes rises evenly."""
-        return MEASURED_ROWS if self.recordings is None else STEPS
+        return STEPS if self.recorded else MEASURED_ROWS
 
     @property
     def kind(self) -> str:
         """One of "eager", "packed", "compiled", "regions" and "recorded": forwards of one kind cost the same."""
-        if self.recordings is not None:
+        if self.recorded:
             return "recorded"
         if self.compiled:
             return "regions" if self.regions else "compiled"
@@ -104,7 +109,7 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str)
         return Forward(model)
     twin: Any = object.__new__(type(base))
     twin.__dict__.update(vars(model))
-    return Forward(twin, compiled=True, regions=compile == REGIONS, recordings=_recordings(model))
+    return Forward(twin, compiled=True, regions=compile == REGIONS)
 
 
 def forward_of(model: Any) -> Forward:
@@ -113,14 +118,6 @@ def forward_of(model: Any) -> Forward:
     if forward.compiled:
         vars(forward.model)["forward"] = compiled(forward.model, forward.regions)
     return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
-
-
-def _recordings(model: Any) -> Recordings | None:
-    """Where forwards of `model` are recorded: on one device of a kind that can be told the same again."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or model.device.type not in RECORDERS:
-        return None
-    return Recordings(model.device)
 
 
 def _own_modules(model: Any) -> None:

@@ -1,7 +1,7 @@
 """Forwards of a few sizes, recorded once each and played again: on a GPU launching a small model's forward takes longer
 than computing it.
 
-Knows sizes, what a recording reads, and CUDA graphs. Does not know trees.
+Knows sizes and what a recording reads. Does not know trees, or how a device records.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,50 +19,22 @@ from torch import Tensor
 from transformers import Cache
 
 from .cache import with_cache
-from .compiled import PLAIN, Same, taken_for_given
+from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
 from .mask import attention_mask
+from .recorders import RECORDERS
 from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
 BLOCK = 256  # columns that a forward sees beyond those that count, at most, or a quarter
-WARM = 3  # forwards before one is recorded: kernels are chosen and compiled meanwhile
 
-Recorder = Callable[[Callable[[], Any]], Callable[[], Any]]
-
-
-class CudaGraphs:
-    """Recorder of what a CUDA device is told: gives back what plays it again into the same tensors.
-
-    All graphs of one recorder share their memory, as only one at a time is played and what it gave is copied.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool: Any = None
-
-    def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """Record `run`, which may read and write nothing but tensors that stay, and never wait for the device."""
-        with torch.cuda.device(self.device):
-            now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(now)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM):
-                    run()
-            now.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                out = run()
-        self.pool = graph.pool()
-
-        def play() -> Any:
-            graph.replay()
-            return out
-
-        return play
+MOST = 64  # recordings over one memory: each holds the logits of its rows
 
 
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraphs}  # by kind of device
+def can_record(model: Any) -> bool:
+    """Whether all that `model` computes is launched on one device that can be told the same again."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and model.device.type in RECORDERS and not any(map(hooks_of, model.modules()))
 
 
 def padded(rows: int) -> int:
@@ -108,20 +80,26 @@ class Told:
         return (*flat, see.view(n, n).bool(), front.view(n, self.front).bool())
 
 
+class Said(NamedTuple):
+    """What a recorded forward leaves for its caller; nothing else of it is held."""
+
+    logits: Tensor  # [1, rows, vocab]
+    hidden_states: tuple[Tensor, ...] | None  # by layer [1, rows, hidden], where asked for
+
+
 @dataclass
 class Recording:
     """A forward of fixed size over one memory: the tensors that it reads, and what plays it."""
 
     told: Told
     embeddings: Tensor  # [1, rows, hidden]
-    play: Callable[[], Any]
+    play: Callable[[], Said]
 
 
 class Recordings:
     """The forwards of one composition that were recorded, each over a memory that stays."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.free: list[Memory] = []  # of no generation at the moment
 
     @contextmanager
@@ -131,7 +109,7 @@ class Recordings:
         Args:
             visible: bool `[tokens]`, which of those that are cached are no padding.
         """
-        memory = self._memory(taken_for_given(model))
+        memory = self._memory(taken_for_given(model), model.device)
         try:
             memory.take_in(cache, visible)
             yield
@@ -139,12 +117,12 @@ class Recordings:
             memory.give_back(cache)
             self.free.append(memory)
 
-    def _memory(self, facts: Hashable) -> Memory:
-        """One that is free, where what was recorded still holds; of those for which it does not one is dropped."""
+    def _memory(self, facts: Hashable, device: torch.device) -> Memory:
+        """One that is free. Those for which what was recorded no longer holds are let go."""
+        self.free[:] = [memory for memory in self.free if memory.facts == facts]
         with suppress(IndexError):  # and not by asking before: another thread may take the last one
-            if (memory := self.free.pop()).facts == facts:
-                return memory
-        return Memory(RECORDERS[self.device.type](self.device), facts)
+            return self.free.pop()
+        return Memory(partial(RECORDERS[device.type], device), facts)
 
 
 def play(
@@ -153,7 +131,7 @@ def play(
     told: Told,
     embed: Callable[[Tensor], Tensor],
     wanted: Mapping[str, Any],
-) -> Any:
+) -> Said:
     """What `model` says of the rows of `told`, in tensors that the next forward of their number writes over.
 
     Args:
@@ -163,6 +141,8 @@ def play(
     key = told.rows, told.front, seen(told.begin + told.rows), *((k, _fixed(wanted[k])) for k in sorted(wanted))
     recording = memory.recordings.get(key)
     if recording is None:
+        if len(memory.recordings) == MOST:
+            memory.forget()
         recording = memory.recordings[key] = _recorded(model, memory, told, embed, wanted)
     recording.told.numbers.copy_(told.numbers, non_blocking=True)
     recording.embeddings.copy_(embed(recording.told.words))
@@ -173,21 +153,30 @@ def _recorded(
     model: Any, memory: Memory, told: Told, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> Recording:
     """The forward of the size of `told`, recorded; where that cannot be done it is computed anew each time."""
-    mine = told.on(told.numbers.to(model.device, copy=True))
-    embeddings, columns = embed(mine.words).clone(), seen(told.begin + told.rows)
-    run = partial(_forward, model, memory, mine, embeddings, columns, wanted)
-    try:
-        return Recording(mine, embeddings, memory.recorder(run))
-    except RuntimeError as error:
-        warnings.warn(
-            f"forwards of {type(model).__name__} cannot be recorded, so each is launched anew: {error}", stacklevel=2
-        )
-        return Recording(mine, embeddings, run)
+    numbers = told.numbers.to(model.device)
+    embeddings = embed(numbers[1 : 1 + told.rows])
+    with torch.inference_mode(False):  # what was made within could not be written to without
+        mine, held = told.on(torch.empty_like(numbers)), torch.empty_like(embeddings)
+    mine.numbers.copy_(numbers)
+    held.copy_(embeddings)
+    run = partial(_forward, model, memory, mine, held, seen(told.begin + told.rows), wanted)
+    if memory.recordable:
+        try:
+            return Recording(mine, held, memory.recorder(run))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            memory.recordable = False
+            warnings.warn(
+                f"forwards of {type(model).__name__} cannot be recorded, so each is launched anew: {error}",
+                stacklevel=2,
+            )
+    return Recording(mine, held, run)
 
 
 def _forward(
     model: Any, memory: Memory, told: Told, embeddings: Tensor, columns: int, wanted: Mapping[str, Any]
-) -> Any:
+) -> Said:
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
     begin, _, positions, see, front = told.parts()
@@ -197,7 +186,7 @@ def _forward(
     mine = see.gather(1, at.clamp(0, told.rows - 1).expand(told.rows, -1)) & (at >= 0) & (at < told.rows)
     before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)
     before = torch.cat([front, before[:, told.front :]], dim=1)
-    return model(
+    out = model(
         inputs_embeds=embeddings,
         attention_mask=attention_mask(model, (before | mine)[None, None]),
         position_ids=positions[None],
@@ -205,6 +194,7 @@ def _forward(
         return_dict=True,
         **wanted,
     )
+    return Said(out.logits, out.hidden_states)
 
 
 def _fixed(value: Any) -> Hashable:

@@ -93,7 +93,9 @@ def verify(
 
 def wait(model: Any) -> None:
     """Until the device of `model` has done what it was told."""
-    if model.device.type != "cpu":
+    if model.device.type == "cuda":
+        torch.cuda.current_stream(model.device).synchronize()  # the whole device may not be waited for in captures
+    elif model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
 
 

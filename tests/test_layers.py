@@ -12,8 +12,8 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 # Each module may import only those before it.
 ORDER = [
     "storage", "hookspecs", "tree", "step", "check", "identity", "mask", "paging", "packed", "inplace", "fixed",
-    "cache", "modes", "prefix", "regions", "compiled", "grouped", "recorded", "forward", "verify", "budget",
-    "logit", "forest", "evidence", "worth", "asking", "rows", "alternatives",
+    "cache", "modes", "prefix", "regions", "compiled", "grouped", "recorders", "recorded", "forward", "verify",
+    "budget", "logit", "forest", "evidence", "worth", "asking", "rows", "alternatives",
     "accept", "stopping", "plugins", "shipped", "sources", "paired", "drafters", "stats", "measured", "drafting",
     "decode", "refuse", "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter",
     "peft_method", "card",

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StoppingCriteria
 
-from ppd_compose import compose, fixed, forward, hookimpl, recorded
+from ppd_compose import compose, fixed, forward, hookimpl, recorded, recorders
 from ppd_compose.cache import GENERATE_NAME
 
 
@@ -29,16 +29,17 @@ class Tape(TorchDispatchMode):
         super().__init__()
 
     def __call__(self, run):
-        for _ in range(recorded.WARM):
+        for _ in range(recorders.WARM):
             run()
         self.steps = steps = []
         with self:
             out = run()
 
+        @torch.inference_mode()
         def play():
             Tape.played += 1
             for operation, args, kwargs, before in steps:
-                _write(operation, operation(*args, **kwargs), before)
+                _write(operation(*args, **kwargs), before)
             return out
 
         return play
@@ -51,19 +52,17 @@ class Tape(TorchDispatchMode):
         return out
 
 
-def _write(operation, new, before):
-    """What an operation gave stands where it stood, unless it is a view or was written in place anyway."""
-    if any(given.alias_info for given in operation._schema.returns):
-        return
+def _write(new, before):
+    """What an operation gave stands where it stood, unless it is a view of the same or was written in place anyway."""
     for mine, theirs in zip(tree_leaves(before), tree_leaves(new), strict=True):
-        if isinstance(mine, torch.Tensor):
+        if isinstance(mine, torch.Tensor) and mine.data_ptr() != theirs.data_ptr():
             mine.copy_(theirs)
 
 
 @pytest.fixture
 def taped(monkeypatch):
     """Compositions with `compile=True` record eager forwards."""
-    monkeypatch.setitem(recorded.RECORDERS, "cpu", Tape)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", Tape)
     monkeypatch.setattr(forward, "compiled", lambda model, regions: type(model).forward.__get__(model))
     monkeypatch.setattr(forward, "can_pack", lambda model: False)
     monkeypatch.setattr(Tape, "played", 0)
@@ -181,6 +180,7 @@ def test_weights_that_lie_elsewhere_are_recorded_anew_and_those_written_over_are
     assert torch.equal(answer(model), answer(base))
     model.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.flip(0))
     assert torch.equal(answer(model)[0, 12], (VOCAB - 1 - answer(base))[0, 12])
+    assert len(model.forwards.recordings.free) == 1
 
 
 def test_numbers_of_an_answer_that_are_none_spoil_no_later_one(taped):
@@ -201,6 +201,35 @@ def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped
     with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
         assert torch.equal(answer(model), answer(base))
     assert not Tape.played
+    assert torch.equal(answer(model, tokens=60), answer(base, tokens=60))  # without another word
+
+
+def test_what_was_recorded_in_inference_mode_serves_without_it_too(taped):
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    with torch.inference_mode():
+        assert torch.equal(answer(model), answer(base))
+    played = Tape.played
+    assert torch.equal(answer(model), answer(base))
+    assert Tape.played > played
+
+
+def test_hooks_of_the_user_are_run_at_every_forward(taped):
+    base, ran = tiny(), []
+    base.model.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    assert not Tape.played
+    assert len(ran) >= model.stats.forwards
+
+
+def test_recordings_are_few(taped, monkeypatch):
+    monkeypatch.setattr(recorded, "MOST", 2)
+    base = tiny()
+    model = compose(base, with_prefix(base), MedusaHeads(random_heads()), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    (memory,) = model.forwards.recordings.free
+    assert 1 <= len(memory.recordings) <= 2
 
 
 @pytest.mark.parametrize("after", [1, 2, 7])
@@ -265,10 +294,25 @@ def test_what_a_plugin_keeps_of_a_forward_is_not_written_over(taped):
 @needs_compiler
 def test_a_compiled_forward_of_fixed_sizes_gives_the_tokens_of_the_base(monkeypatch):
     """As it is where it cannot be recorded."""
-    monkeypatch.setitem(recorded.RECORDERS, "cpu", lambda device: lambda run: run)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda device: lambda run: run)
     base = tiny()
     model = compose(base, with_prefix(base), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(answer(model, tokens=100), answer(base, tokens=100))
         assert torch.equal(answer(model, prompt(50, seed=3)), answer(base, prompt(50, seed=3)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FULL)
+def test_cuda_graphs_give_the_tokens_of_the_base(family):
+    base = tiny(family).to("cuda")
+    model = compose(base, with_prefix(base), Oracle(answer(base, prompt().cuda())[0].tolist()), budget=12, compile=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "forwards of .* cannot be recorded")
+        for tokens in (30, 100):
+            for seed in range(3):
+                ids = prompt(seed=seed).cuda()
+                assert torch.equal(answer(model, ids, tokens), answer(base, ids, tokens))
+    (memory,) = model.forwards.recordings.free
+    assert len(memory.recordings) > 2

@@ -1,0 +1,73 @@
+"""What a device is told, recorded once and told again: CUDA graphs.
+
+Knows the rules by which torch records them. Does not know what is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+
+WARM = 2  # forwards and one more before one is recorded: kernels are chosen and compiled meanwhile
+
+Recorder = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+class CudaGraphs:
+    """Recorder of what a CUDA device is told: gives back what plays it again into the same tensors.
+
+    All graphs of one recorder share their memory, as only one at a time is played and what it gave is copied. They are
+    to go together: with the last of them that memory does, and so does what kernels keep for their stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool: Any = None
+
+    def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Record `run`, which may read and write nothing but tensors that stay, and never wait for the device.
+
+        Raises `RuntimeError` where it does wait, before anything is recorded: a recording that breaks off would leave
+        torch's allocator in disorder.
+        """
+        with _one_at_a_time, torch.cuda.device(self.stream.device):
+            now = torch.cuda.current_stream()
+            self.stream.wait_stream(now)
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM):
+                        run()
+                    with _refusing_to_wait():
+                        run()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    out = run()
+            finally:
+                torch.cuda.set_stream(now)
+                now.wait_stream(self.stream)
+        self.pool = graph.pool()
+
+        def play() -> Any:
+            graph.replay()
+            return out
+
+        return play
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Within, whoever waits for the device gets a `RuntimeError`, in other threads too."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+_one_at_a_time = Lock()  # a process may record one graph at a time
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraphs}  # by kind of device
