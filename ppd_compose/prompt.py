@@ -31,7 +31,7 @@ from .tree import Appended, Floats, Ints, TokenTree
 
 RANKS = 1000  # of guesses whose accuracy is told, at most
 WIDTH = 10  # guesses taken from each distance
-TYPICAL_NODES = 24  # candidates assumed when a prompt token's worth is estimated
+FEWEST = 4  # candidates that are assumed to be bought when a prompt token's worth is estimated
 
 
 class PromptTokens(Shared):
@@ -74,7 +74,7 @@ class PromptTokens(Shared):
         n = embeddings.shape[0]
         self.measured = accuracy is not None
         self.accuracy = _shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
-        self.gains = marginal_gains(self.accuracy, TYPICAL_NODES)
+        self._gains: dict[int, Floats] = {}
 
     @classmethod
     def from_pretrained(
@@ -171,9 +171,17 @@ class PromptTokens(Shared):
     def append(self, step: Step, tree: TokenTree) -> Appended:
         """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
-        gains = tree.stop_chances()[:, None] * np.repeat(self.gains / v, v)
+        gains = tree.stop_chances()[:, None] * np.repeat(self.gains(step.rows) / v, v)
         kinds, parents, hung = (column.copy() for column in _below(nodes, n, v))  # the next caller gets the same
         return Appended(step.memory[self], kinds, parents, hung, gains.ravel())
+
+    def gains(self, rows: int) -> Floats:
+        """Tokens that each prompt token below the last accepted node adds to the next step `[n]`, where the last
+        forward had `rows` rows: guesses of far tokens add little where few are verified."""
+        nodes = 1 << max(rows, FEWEST).bit_length() - 1
+        if nodes not in self._gains:
+            self._gains[nodes] = marginal_gains(self.accuracy, nodes)
+        return self._gains[nodes]
 
     def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""

@@ -82,12 +82,18 @@ def test_rows_are_worth_the_chance_that_their_node_is_the_last():
     step.memory[tokens] = tokens.embeddings.flatten(0, 1)
     tree = TokenTree.chain(5, [1], [float(np.log(0.25))])
     rows = tokens.append(step, tree)
-    worth = tokens.gains / 2
+    worth = tokens.gains(step.rows) / 2
     expected = np.concatenate([0.75 * np.repeat(worth, 2), 0.25 * np.repeat(worth, 2)])
     assert rows.gains == pytest.approx(expected)
     assert rows.parents.tolist() == [0, 0, 2, 3, 1, 1, 6, 7]
     rows.parents[:] = 0  # rows that a plugin writes to are that step's alone
     assert tokens.append(step, tree).parents.tolist() == [0, 0, 2, 3, 1, 1, 6, 7]
+
+
+def test_far_prompt_tokens_are_worth_little_where_few_guesses_are_verified():
+    tokens = prompt_tokens(3)
+    shares = [tokens.gains(rows)[1:].sum() / tokens.gains(rows).sum() for rows in (1, 4, 8, 64)]
+    assert shares[0] == shares[1] < shares[2] < shares[3]
 
 
 def test_gains_are_differences_of_expected_acceptance():
