@@ -20,10 +20,9 @@ from .fixed import memory_of
 from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place, put_in_front
 from .packed import can_pack, is_packed, pack
-from .recorded import Recordings, can_record, padded
+from .recorded import STEPS, Recordings, can_record, padded
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)  # where forwards are recorded
 REGIONS = "regions"  # of `compile`: by these
 
 

@@ -27,7 +27,6 @@ from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
 BLOCK = 256  # columns that a forward sees beyond those that count, at most, or a quarter
-
 MOST = 64  # recordings over one memory: each holds the logits of its rows
 
 
@@ -40,6 +39,10 @@ def can_record(model: Any) -> bool:
 def padded(rows: int) -> int:
     """Rows of the forward that takes `rows` of them."""
     return max(FEWEST, 1 << (rows - 1).bit_length()) if rows <= MANY else MANY * -(-rows // MANY)
+
+
+# Where sizes begin and end.
+STEPS = tuple(n for n in range(1, MANY + 1) if n == 1 or n == padded(n) or padded(n - 1) < n)
 
 
 def seen(columns: int) -> int:
@@ -153,11 +156,11 @@ def _recorded(
     model: Any, memory: Memory, told: Told, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> Recording:
     """The forward of the size of `told`, recorded; where that cannot be done it is computed anew each time."""
-    numbers = told.numbers.to(model.device)
-    embeddings = embed(numbers[1 : 1 + told.rows])
+    now = told.on(told.numbers.to(model.device))
+    embeddings = embed(now.words)
     with torch.inference_mode(False):  # what was made within could not be written to without
-        mine, held = told.on(torch.empty_like(numbers)), torch.empty_like(embeddings)
-    mine.numbers.copy_(numbers)
+        mine, held = told.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
+    mine.numbers.copy_(now.numbers)
     held.copy_(embeddings)
     run = partial(_forward, model, memory, mine, held, seen(told.begin + told.rows), wanted)
     if memory.recordable:
@@ -180,8 +183,7 @@ def _forward(
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
     begin, _, positions, see, front = told.parts()
-    own = torch.arange(told.rows, device=begin.device)
-    memory.places, memory.seen = begin + own, columns
+    memory.places, memory.seen = begin + torch.arange(told.rows, device=begin.device), columns
     at = torch.arange(columns, device=begin.device) - begin  # which of the rows' own columns
     mine = see.gather(1, at.clamp(0, told.rows - 1).expand(told.rows, -1)) & (at >= 0) & (at < told.rows)
     before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)
