@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppd_compose import Step, TokenTree, hookimpl
-from ppd_compose.top import best_tokens, on_host
+from ppd_compose.top import best_tokens, for_host, on_host
 from ppd_compose.tree import Floats, Ints, joined, path_log_probs, renumber
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gave them, that are counted together
@@ -81,7 +81,7 @@ class TokenRecycling:
         self._judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
         rows = _worth_reading(step.tree, step.path, READ if self.name in step.drafting else 0)
         read = logits.index_select(0, torch.tensor(rows, device=logits.device))  # four times as fast as logits[rows]
-        claims, best = on_host(*best_tokens(read.float(), self.width))
+        claims, best = on_host(*for_host(*best_tokens(read.float(), self.width)))
         words, width = step.tree.tokens[rows], best.shape[1]
         self.tokens[words, :width] = best
         self.chances[words, :width] = np.exp(claims)

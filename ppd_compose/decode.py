@@ -67,7 +67,8 @@ class Decoding:
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
         try:
-            return self._decoded()
+            with self.step.ending:
+                return self._decoded()
         finally:
             with self.stats.stage("observe"):
                 self.stats.settle()

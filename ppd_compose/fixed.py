@@ -6,7 +6,7 @@ Knows where each layer's lie, and how many columns there is room for. Does not k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .inplace import InPlaceLayer, counted, in_place_layers
+from .replayed import Attempts
 
 FEWEST = 512  # columns that there is room for
 
@@ -22,14 +23,13 @@ class Memory:
     """Room for the keys and values of one sequence at a time, and what was recorded of forwards that use it.
 
     Args:
-        recorder: makes what records forwards.
+        record: records forwards.
         facts: what these recordings take for given.
     """
 
-    def __init__(self, recorder: Callable[[], Any], facts: Hashable) -> None:
-        self.make_recorder, self.facts = recorder, facts
-        self.recordable = True  # none has failed
-        self.forget()
+    def __init__(self, record: Attempts, facts: Hashable) -> None:
+        self.record, self.facts = record, facts
+        self.recordings: dict[Hashable, Any] = {}
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
         self.cache: Any = None  # whose layers these are at the time
@@ -37,9 +37,9 @@ class Memory:
         self.places, self.seen = torch.zeros(0, dtype=torch.long), 0
 
     def forget(self) -> None:
-        """Let go of all recordings, and of what they were made with."""
-        self.recordings: dict[Hashable, Any] = {}
-        self.recorder = self.make_recorder()
+        """Let go of all recordings, and of what they share."""
+        self.recordings = {}
+        self.record.renew()
 
     @property
     def room(self) -> int:

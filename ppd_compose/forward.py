@@ -6,9 +6,10 @@ Knows the ways and what each asks of a forward. Does not know trees.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place, put_in_front
 from .packed import can_pack, is_packed, pack
 from .recorded import STEPS, Recordings, can_record, padded
+from .recorders import RECORDERS, Recorder
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 REGIONS = "regions"  # of `compile`: by these
@@ -117,6 +119,16 @@ def forward_of(model: Any) -> Forward:
     if forward.compiled:
         vars(forward.model)["forward"] = compiled(forward.model, forward.regions)
     return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
+
+
+def recorder_of(model: Any, drafter: Any = None) -> Callable[[], Recorder] | None:
+    """Makes what records the forwards of a drafter beside the composed `model`, where those of `model` are recorded;
+    None elsewhere. `drafter`: a model of its own, which can be recorded where it is."""
+    forward = vars(model).get("forwards")
+    if forward is None or not forward.recorded or not (drafter is None or can_record(drafter)):
+        return None
+    device = (model if drafter is None else drafter).device
+    return partial(RECORDERS[device.type], device)
 
 
 def _own_modules(model: Any) -> None:

@@ -59,7 +59,8 @@ def start(step: Step, model: PreTrainedModel) -> None:
     """A sequence begins: its prompt is in the KV cache, and `step.memory` is empty.
 
     `step.hidden_states` are those of all prompt tokens that were not in the cache already. The first token is then
-    accepted after the prompt's last one, as a step whose tree is that root alone.
+    accepted after the prompt's last one, as a step whose tree is that root alone. What is to be given back when the
+    sequence ends, however it does, goes on `step.ending`.
     """
 
 

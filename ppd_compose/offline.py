@@ -50,8 +50,8 @@ class OfflinePromptTokens(PromptTokens):
         tree = self._tree(step)
         if len(tree.shape) == 1:
             return None
-        _, guesses = self._guesses(step.answers[self])
-        tokens = guesses.numpy(force=True)[tree.depths - 1, tree.shape.tokens]
+        _, guesses = self._guesses(step, step.answers[self])
+        tokens = guesses[tree.depths - 1, tree.shape.tokens]
         tokens[0] = step.ids[-1]
         return TokenTree.of(tokens, tree.shape.parents, tree.shape.log_probs)
 

@@ -5,19 +5,21 @@ Knows prompt tokens, their ensembles and what they are worth. Does not know how 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import Adapter, read_adapter, write_adapter
 from .card import model_card
+from .ensemble import guesses
+from .forward import recorder_of
 from .hookspecs import hookimpl
 from .hub import Shared
 from .identity import Identity
@@ -25,13 +27,21 @@ from .paired import digest_of
 from .peft_method import adapter_in
 from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
+from .replayed import Attempts, Lending, Lendings, Replayed
 from .step import Answer, Step
-from .top import best_tokens, on_host
+from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
 
 RANKS = 1000  # of guesses whose accuracy is told, at most
-WIDTH = 10  # guesses taken from each distance
 FEWEST = 4  # candidates that are assumed to be bought when a prompt token's worth is estimated
+
+
+@dataclass
+class Held:
+    """What is at hand for one sequence."""
+
+    embeddings: Tensor  # [n * v, hidden], where and of which dtype the model's are
+    guessing: Replayed  # `guesses`
 
 
 class PromptTokens(Shared):
@@ -75,6 +85,7 @@ class PromptTokens(Shared):
         self.measured = accuracy is not None
         self.accuracy = _shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
         self._gains: dict[int, Floats] = {}
+        self._lendings: Lendings[Replayed] = Lendings()
 
     @classmethod
     def from_pretrained(
@@ -156,7 +167,8 @@ class PromptTokens(Shared):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the embeddings to the model's device and dtype once a sequence."""
         weight: Any = model.get_input_embeddings().weight
-        step.memory[self] = self.embeddings.flatten(0, 1).to(weight)
+        guessing = step.ending.enter_context(self._guessing(model).lent())
+        step.memory[self] = Held(self.embeddings.flatten(0, 1).to(weight), guessing)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
@@ -164,7 +176,7 @@ class PromptTokens(Shared):
         answer = step.answers.get(self)
         if answer is None or not len(answer.kinds):
             return None
-        log_probs, tokens = on_host(*self._guesses(answer))
+        log_probs, tokens = self._guesses(step, answer)
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
 
     @hookimpl
@@ -173,7 +185,7 @@ class PromptTokens(Shared):
         (n, v, _), nodes = self.embeddings.shape, len(tree)
         gains = tree.stop_chances()[:, None] * np.repeat(self.gains(step.rows) / v, v)
         kinds, parents, hung = (column.copy() for column in _below(nodes, n, v))  # the next caller gets the same
-        return Appended(step.memory[self], kinds, parents, hung, gains.ravel())
+        return Appended(step.memory[self].embeddings, kinds, parents, hung, gains.ravel())
 
     def gains(self, rows: int) -> Floats:
         """Tokens that each prompt token below the last accepted node adds to the next step `[n]`, where the last
@@ -183,16 +195,21 @@ class PromptTokens(Shared):
             self._gains[nodes] = marginal_gains(self.accuracy, nodes)
         return self._gains[nodes]
 
-    def _guesses(self, answer: Answer) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and tokens `[distances, WIDTH]`, over the embeddings of each distance that rode along."""
+    def _guesses(self, step: Step, answer: Answer) -> tuple[NDArray[np.float32], Ints]:
+        """Log-probabilities and tokens `[distances, WIDTH]` of what the prompt tokens say."""
         # A row's parent stands before it, so the rows that the budget left make up the first distances.
-        distance = answer.kinds // self.embeddings.shape[1]
-        logits = answer.logits.float()
-        if len(distance) > distance[-1] + 1:
-            groups = [logits[torch.from_numpy(distance == i)] for i in range(distance[-1] + 1)]
-            logits = torch.stack([average(group) for group in groups])
-        log_probs, best = best_tokens(logits, WIDTH)
-        return log_probs, best if answer.tokens is None else answer.tokens[best]
+        distances = tuple((answer.kinds // self.embeddings.shape[1]).tolist())
+        given = [answer.logits] if answer.tokens is None else [answer.logits, answer.tokens]
+        return on_host(*step.memory[self].guessing(*given, distances=distances))
+
+    def _guessing(self, model: PreTrainedModel) -> Lending[Replayed]:
+        """`guesses` of what the prompt tokens say in `model`, made once while forwards are computed in the same way."""
+        device, record = model.device, recorder_of(model)
+        what = "guesses of prompt tokens"
+        return self._lendings.of(
+            model, (device, record is None),
+            lambda: lambda: Replayed(guesses, device, record and Attempts(record, what)),
+        )  # fmt: skip
 
 
 @lru_cache
@@ -218,11 +235,6 @@ def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:
     ):
         raise ValueError(f"accuracy must be {n} rows of 1 to {RANKS} shares between 0 and 1, got {accuracy!r:.200}")
     return shares
-
-
-def average(logits: Tensor) -> Tensor:
-    """Log of the mean distribution `[vocab]` float32 over `logits` `[embeddings, vocab]` (PPD, section 3.2)."""
-    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def marginal_gains(accuracy: Floats, nodes: int) -> Floats:

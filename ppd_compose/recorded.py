@@ -6,7 +6,6 @@ Knows sizes and what a recording reads. Does not know trees, or how a device rec
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
 from .mask import attention_mask
 from .recorders import RECORDERS
+from .replayed import Attempts
 from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
@@ -32,8 +32,10 @@ MOST = 64  # recordings over one memory: each holds the logits of its rows
 
 def can_record(model: Any) -> bool:
     """Whether all that `model` computes is launched on one device that can be told the same again."""
+    if model.device.type not in RECORDERS:
+        return False
     devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) == 1 and model.device.type in RECORDERS and not any(map(hooks_of, model.modules()))
+    return len(devices) == 1 and not any(map(hooks_of, model.modules()))
 
 
 def padded(rows: int) -> int:
@@ -58,18 +60,32 @@ class Told:
     numbers: Tensor  # int64, all of them, one behind the other
     begin: int  # how many columns counted when it was made
     rows: int
+    own: int
     front: int
 
     @classmethod
     def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools) -> Told:
-        """On the host: how many columns count, and of each row its token or kind of embedding and its position, which
-        rows it sees `[rows, rows]` and which columns in front `[rows, front]`."""
+        """On the host.
+
+        Args:
+            begin: columns that all rows see but for those in front.
+            words: of each row its token or kind of embedding.
+            positions: of each row.
+            see: `[rows, own]`, which of the columns behind them it sees, the last of which are the rows' own.
+            front: `[rows, front]`, which columns in front.
+        """
+        rows, own = see.shape
         numbers = np.concatenate([[begin], words, positions, see.ravel(), front.ravel()]).astype(np.int64)
-        return cls(torch.from_numpy(numbers), begin, len(words), front.shape[1])
+        return cls(torch.from_numpy(numbers), begin, rows, own, front.shape[1])
 
     def on(self, numbers: Tensor) -> Told:
         """The same, held by `numbers`."""
         return replace(self, numbers=numbers)
+
+    @property
+    def columns(self) -> int:
+        """How many are there with the rows' own."""
+        return self.begin + self.own
 
     @property
     def words(self) -> Tensor:
@@ -79,8 +95,8 @@ class Told:
     def parts(self) -> tuple[Tensor, ...]:
         """The arguments of `of`, on the device; the two last ones as bool."""
         n = self.rows
-        *flat, see, front = self.numbers.split([1, n, n, n * n, n * self.front])
-        return (*flat, see.view(n, n).bool(), front.view(n, self.front).bool())
+        *flat, see, front = self.numbers.split([1, n, n, n * self.own, n * self.front])
+        return (*flat, see.view(n, self.own).bool(), front.view(n, self.front).bool())
 
 
 class Said(NamedTuple):
@@ -112,7 +128,7 @@ class Recordings:
         Args:
             visible: bool `[tokens]`, which of those that are cached are no padding.
         """
-        memory = self._memory(taken_for_given(model), model.device)
+        memory = self._memory(model)
         try:
             memory.take_in(cache, visible)
             yield
@@ -120,12 +136,14 @@ class Recordings:
             memory.give_back(cache)
             self.free.append(memory)
 
-    def _memory(self, facts: Hashable, device: torch.device) -> Memory:
+    def _memory(self, model: Any) -> Memory:
         """One that is free. Those for which what was recorded no longer holds are let go."""
+        facts = taken_for_given(model)
         self.free[:] = [memory for memory in self.free if memory.facts == facts]
         with suppress(IndexError):  # and not by asking before: another thread may take the last one
             return self.free.pop()
-        return Memory(partial(RECORDERS[device.type], device), facts)
+        make = partial(RECORDERS[model.device.type], model.device)
+        return Memory(Attempts(make, f"forwards of {type(model).__name__}"), facts)
 
 
 def play(
@@ -141,7 +159,7 @@ def play(
         embed: gives the rows' embeddings `[1, rows, hidden]` for their words `[rows]`.
         wanted: more keyword arguments of the forward.
     """
-    key = told.rows, told.front, seen(told.begin + told.rows), *((k, _fixed(wanted[k])) for k in sorted(wanted))
+    key = told.rows, told.own, told.front, seen(told.columns), *((k, _fixed(wanted[k])) for k in sorted(wanted))
     recording = memory.recordings.get(key)
     if recording is None:
         if len(memory.recordings) == MOST:
@@ -155,26 +173,15 @@ def play(
 def _recorded(
     model: Any, memory: Memory, told: Told, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> Recording:
-    """The forward of the size of `told`, recorded; where that cannot be done it is computed anew each time."""
+    """The forward of the size of `told`, recorded."""
     now = told.on(told.numbers.to(model.device))
     embeddings = embed(now.words)
     with torch.inference_mode(False):  # what was made within could not be written to without
         mine, held = told.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
     mine.numbers.copy_(now.numbers)
     held.copy_(embeddings)
-    run = partial(_forward, model, memory, mine, held, seen(told.begin + told.rows), wanted)
-    if memory.recordable:
-        try:
-            return Recording(mine, held, memory.recorder(run))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            memory.recordable = False
-            warnings.warn(
-                f"forwards of {type(model).__name__} cannot be recorded, so each is launched anew: {error}",
-                stacklevel=2,
-            )
-    return Recording(mine, held, run)
+    run = partial(_forward, model, memory, mine, held, seen(told.columns), wanted)
+    return Recording(mine, held, memory.record(run))
 
 
 def _forward(
@@ -183,9 +190,9 @@ def _forward(
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
     begin, _, positions, see, front = told.parts()
-    memory.places, memory.seen = begin + torch.arange(told.rows, device=begin.device), columns
-    at = torch.arange(columns, device=begin.device) - begin  # which of the rows' own columns
-    mine = see.gather(1, at.clamp(0, told.rows - 1).expand(told.rows, -1)) & (at >= 0) & (at < told.rows)
+    memory.places, memory.seen = begin + torch.arange(told.own - told.rows, told.own, device=begin.device), columns
+    at = torch.arange(columns, device=begin.device) - begin  # which of those behind what all see
+    mine = see.gather(1, at.clamp(0, told.own - 1).expand(told.rows, -1)) & (at >= 0) & (at < told.own)
     before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)
     before = torch.cat([front, before[:, told.front :]], dim=1)
     out = model(

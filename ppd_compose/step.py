@@ -6,6 +6,7 @@ Knows no model and no loop; the loop fills it in.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class Step:
     observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
+    ending: ExitStack = field(default_factory=ExitStack)  # what is left when the sequence ends, however it does
 
     @property
     def candidates(self) -> int:

@@ -36,11 +36,17 @@ def best_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return top, chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
-def on_host(claims: Tensor, tokens: Tensor) -> tuple[NDArray[np.float32], Ints]:
-    """`claims` in float32 and `tokens`, both of one shape, brought from their device in one copy."""
-    if claims.device.type == "cpu":
-        return claims.float().numpy(force=True), tokens.numpy()
-    return _unpacked(_packed(claims, tokens).numpy(force=True))
+def for_host(claims: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """`claims` and `tokens`, both of one shape, as `on_host` takes them: off the CPU as one tensor."""
+    return (claims.float(), tokens) if claims.device.type == "cpu" else (_packed(claims, tokens),)
+
+
+def on_host(*told: Tensor) -> tuple[NDArray[np.float32], Ints]:
+    """Claims in float32 and tokens, brought from their device in one copy; `told` is what `for_host` made of them."""
+    if len(told) == 1:
+        return _unpacked(told[0].numpy(force=True))
+    claims, tokens = told
+    return claims.numpy(force=True), tokens.numpy()
 
 
 def _packed(claims: Tensor, tokens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import string
 
 import pytest
 import torch
-from ppd_compose.integrations.draft_model import DraftModel, reading
+from ppd_compose.integrations.draft_model import DraftModel, forwards
 from ppd_compose.integrations.draft_model import train as train_module
 from ppd_compose.integrations.draft_model.growth import Growth
 from ppd_compose.integrations.draft_model.reading import Ahead, Reading
@@ -196,7 +196,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     base = tiny()
     draft = nearly(base)
     rows = counted(draft)
-    monkeypatch.setattr(reading, "CHUNK", 16)
+    monkeypatch.setattr(forwards, "CHUNK", 16)
     model = compose(base, DraftModel(draft, 3, 2), budget=16)
     assert torch.equal(answer(model, prompt(100)), answer(base, prompt(100)))
     assert max(rows) <= 6

@@ -13,6 +13,7 @@ from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
 from ppd_compose.integrations.eagle.head import Head
+from ppd_compose.integrations.eagle.kept import Kept
 from ppd_compose.integrations.eagle.levels import LevelPrice, Levels
 from ppd_compose.integrations.eagle.network import DraftNetwork
 from ppd_compose.integrations.eagle.rows import DraftRows
@@ -67,7 +68,8 @@ def test_logits_and_trees_are_those_of_the_official_code(version):
     output = Recorder(told["head"] if version == 1 else head.lm_head)
     object.__setattr__(output, "told", [])
     network = DraftNetwork.of(head.config, head.network)
-    rows = DraftRows(Parts(network, torch.nn.Embedding.from_pretrained(head.embedding), output, head.target_ids), 0)
+    embed = torch.nn.Embedding.from_pretrained(head.embedding)
+    rows = DraftRows(Kept(Parts(network, embed, output, head.target_ids)), 0)
     end = 0
     for step, count in enumerate((9, 3, 1)):
         states, ids = told["states"][end : end + count], told["ids"][: end + count + 1].tolist()
@@ -206,7 +208,7 @@ CURVE = np.linspace(1.0, 2.0, 51)  # a row costs a fiftieth of plain decoding's 
 def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs):
     price = LevelPrice([5.0, *[seconds] * 7])  # the first draft of a process is slow
     levels = price.levels(1, CURVE)
-    scores = torch.tensor(chances).log()
+    scores = np.log(chances)
     assert levels.another(scores) == runs
     assert not levels.another(scores)
 
@@ -214,7 +216,7 @@ def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs
 def test_a_head_that_is_never_asked_keeps_little_of_a_long_answer():
     parts, states = borrow(random_head(3), tiny(dtype=torch.float32)), [torch.randn(200, 32) for _ in range(3)]
     ids = [step % VOCAB for step in range(201)]
-    seldom, often = DraftRows(parts, 0), DraftRows(parts, 0)
+    seldom, often = DraftRows(Kept(parts), 0), DraftRows(Kept(parts), 0)
     with torch.no_grad():
         for at in range(200):
             seldom.learn([state[at : at + 1] for state in states])
@@ -225,7 +227,7 @@ def test_a_head_that_is_never_asked_keeps_little_of_a_long_answer():
 
 
 def test_a_level_must_earn_what_its_seconds_make_elsewhere():
-    price, scores = LevelPrice([0.1] * 8), torch.tensor([0.3, 0.02]).log()
+    price, scores = LevelPrice([0.1] * 8), np.log([0.3, 0.02])
     assert price.levels(1, CURVE, rate=2.0).another(scores)
     assert not price.levels(1, CURVE, rate=4.0).another(scores)
     assert price.levels(1, CURVE, rate=0.1).another(scores)  # no less than plain decoding makes
@@ -233,13 +235,13 @@ def test_a_level_must_earn_what_its_seconds_make_elsewhere():
 
 def test_with_a_fixed_number_of_rows_every_level_is_run():
     levels = LevelPrice([100.0] * 8).levels(3, None)
-    assert [levels.another(torch.tensor([-20.0])) for _ in range(4)] == [True, True, True, False]
+    assert [levels.another(np.array([-20.0])) for _ in range(4)] == [True, True, True, False]
     assert levels.all_made
 
 
 def test_where_rows_cost_nothing_a_level_still_does():
     price = LevelPrice([100.0] * 8)
-    assert not price.levels(3, np.ones(64)).another(torch.tensor([-20.0]))
+    assert not price.levels(3, np.ones(64)).another(np.array([-20.0]))
 
 
 def test_levels_are_timed_in_the_first_drafts_and_then_settled():
@@ -393,15 +395,15 @@ def test_the_head_runs_in_the_dtype_of_the_base_whatever_its_own(dtype):
     drafter = EagleHead(head, depth=3, top_k=4)
     model = compose(base, drafter, budget=24)
     model.generate(prompt(), max_new_tokens=8, do_sample=False)
-    _, parts = next(iter(drafter._parts.values()))
-    assert {p.dtype for p in parts.network.parameters()} == {dtype}
+    _, lending = next(iter(drafter._lendings.by_model.values()))
+    assert {p.dtype for p in lending.free[0].parts.network.parameters()} == {dtype}
     assert all(tensor.dtype == torch.float32 for tensor in head.network.values())
     again = compose(base, drafter, budget=24)
     again.generate(prompt(), max_new_tokens=4, do_sample=False)
-    assert len(drafter._parts) == 2
-    kept = drafter._parts[again][1]
+    assert len(drafter._lendings.by_model) == 2
+    (kept,) = drafter._lendings.by_model[again][1].free
     again.generate(prompt(), max_new_tokens=4, do_sample=False)
-    assert drafter._parts[again][1] is kept  # its rows of the output head are gathered once
+    assert drafter._lendings.by_model[again][1].free == [kept]  # its rows of the output head are gathered once
 
 
 def test_what_the_base_does_to_its_logits_is_done_to_the_drafts():

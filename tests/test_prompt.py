@@ -6,8 +6,9 @@ import torch
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Step, TokenTree, compose, hookimpl
-from ppd_compose.prompt import average, marginal_gains
-from ppd_compose.top import _packed, _unpacked, best_tokens, on_host
+from ppd_compose.ensemble import average
+from ppd_compose.prompt import marginal_gains
+from ppd_compose.top import _packed, best_tokens, for_host, on_host
 
 
 class Watches:
@@ -53,7 +54,7 @@ def test_the_distributions_of_an_ensemble_are_averaged():
 
 def test_guesses_come_from_a_device_in_one_copy_as_they_are():
     claims, tokens = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), torch.arange(30).view(3, 10) * 9999
-    for ours, theirs in zip(_unpacked(_packed(claims, tokens).numpy()), on_host(claims, tokens), strict=True):
+    for ours, theirs in zip(on_host(_packed(claims, tokens)), on_host(*for_host(claims, tokens)), strict=True):
         assert (ours.dtype, ours.tolist()) == (theirs.dtype, theirs.tolist())
     assert ours.tolist() == tokens.tolist()
 
@@ -79,7 +80,7 @@ def test_all_families_take_prompt_tokens_below_any_node():
 def test_rows_are_worth_the_chance_that_their_node_is_the_last():
     tokens = prompt_tokens(2, 2)
     step = Step([5], 61, None, 10)
-    step.memory[tokens] = tokens.embeddings.flatten(0, 1)
+    tokens.start(step, tiny())
     tree = TokenTree.chain(5, [1], [float(np.log(0.25))])
     rows = tokens.append(step, tree)
     worth = tokens.gains(step.rows) / 2

@@ -3,8 +3,11 @@ a CUDA graph does them."""
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from ppd_compose.integrations.draft_model import DraftModel
+from ppd_compose.integrations.eagle import kept
 from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_eagle import eagle
@@ -17,7 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StoppingCriteria
 
 from ppd_compose import compose, fixed, forward, hookimpl, recorded, recorders
+from ppd_compose import replayed as replayed_module
+from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.cache import GENERATE_NAME
+from ppd_compose.replayed import Attempts, Replayed
 
 
 class Tape(TorchDispatchMode):
@@ -94,8 +100,9 @@ def test_what_was_recorded_gives_the_tokens_of_the_base(family, attention, taped
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_windows_are_not_recorded(family, taped):
     base = tiny(family)
-    assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base))
-    assert not Tape.played
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    assert not model.forwards.recordings.free
 
 
 def test_all_drafters_with_prefix_padding_and_chunks(taped):
@@ -113,6 +120,138 @@ def test_all_drafters_with_prefix_padding_and_chunks(taped):
     assert told[0] == told[1]
 
 
+def beside(base):
+    """Drafters that have forwards of their own."""
+    draft = tiny(seed=3)
+    return {
+        "medusa": MedusaHeads(random_heads()),
+        "eagle-1": eagle(1, grow=2),
+        "eagle-3": eagle(3, grow=2),
+        "draft-model": DraftModel(draft, 4, 2),
+        "draft-model with prompt tokens": DraftModel(draft, 4, 2, with_prefix(draft, 2, 2, 3), forwards=3),
+        "prompt tokens": with_prefix(base, 2, 3, 2),
+    }
+
+
+@pytest.mark.parametrize("name", beside(tiny()))
+def test_what_drafters_compute_is_recorded_too_and_is_the_same(name, taped, monkeypatch):
+    """With and without an oracle, whose paths EAGLE grows and by which several tokens are taken up at a time."""
+    base = tiny()
+    how = {"max_new_tokens": 60, "do_sample": False}
+    told = {}
+    for compile in (False, True):
+        drafter, trees = beside(base)[name], []
+        watch = Proposed(trees)
+        for others in ([], [Oracle(answer(base, tokens=60)[0].tolist(), lie=4)]):
+            model = compose(base, drafter, *others, budget=16, compile=compile, plugins=[watch, AlwaysAsk()])
+            for seed in (0, 1):
+                ids = prompt(seed=seed)
+                assert torch.equal(model.generate(ids, **how), base.generate(ids, **how))
+        told[compile] = trees
+    assert len(told[True]) == len(told[False]) > 60
+    for mine, theirs in zip(told[True], told[False], strict=True):
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+        assert mine.parents.tolist() == theirs.parents.tolist()
+        np.testing.assert_allclose(mine.log_probs, theirs.log_probs, atol=1e-5)
+    assert drafted(drafter)
+
+
+def drafted(drafter):
+    """Recordings of what `drafter` computes by itself."""
+    return [key for run in replayed(drafter) for key in run.recordings]
+
+
+def replayed(drafter):
+    things = [thing for _, lending in drafter._lendings.by_model.values() for thing in lending.free]
+    runs = [run for thing in things for run in (thing, *vars(thing).values()) if isinstance(run, Replayed)]
+    assert runs
+    return runs
+
+
+class Proposed:
+    """Keeps the trees that drafters propose and extend."""
+
+    name = "proposed"
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    @hookimpl(wrapper=True)
+    def propose(self, step):
+        made = yield
+        self.kept += made
+        return made
+
+    @hookimpl(wrapper=True)
+    def extend(self, step, tree):
+        made = yield
+        self.kept += made
+        return made
+
+
+@pytest.mark.parametrize("name", ["eagle-3", "draft-model"])
+def test_a_drafter_s_memory_that_grows_is_recorded_anew(name, taped, monkeypatch):
+    monkeypatch.setattr(fixed, "FEWEST", 16)
+    monkeypatch.setattr(kept, "SPARE", 4)
+    monkeypatch.setattr(recorded, "BLOCK", 8)
+    base = tiny()
+    drafter = beside(base)[name]
+    model = compose(base, drafter, budget=16, compile=True, plugins=[AlwaysAsk()])
+    for _ in range(2):
+        assert torch.equal(answer(model, tokens=100), answer(base, tokens=100))
+    assert drafted(drafter)
+
+
+@pytest.mark.parametrize("name", ["medusa", "eagle-3", "draft-model"])
+def test_each_answer_has_a_drafter_s_recordings_to_itself(name, taped):
+    """The second begins and ends in the midst of the first, another breaks off."""
+    base = tiny()
+    drafter = beside(base)[name]
+    model = compose(base, drafter, budget=16, compile=True)
+
+    class Asks(StoppingCriteria):
+        breaks = False
+
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == 20:
+                if self.breaks:
+                    raise KeyboardInterrupt
+                self.asked = answer(model, prompt(seed=5))
+            return torch.zeros(1, dtype=torch.bool)
+
+    asks = Asks()
+    assert torch.equal(answer(model, stopping_criteria=[asks]), answer(base))
+    assert torch.equal(asks.asked, answer(base, prompt(seed=5)))
+    asks.breaks = True
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, stopping_criteria=[asks])
+    assert torch.equal(answer(model), answer(base))
+    (lending,) = [lending for _, lending in drafter._lendings.by_model.values()]
+    assert len(lending.free) == 2
+
+
+def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(monkeypatch):
+    monkeypatch.setattr(replayed_module, "MOST", 3)
+    ran = []
+
+    def run(a, b, *, factor):
+        ran.append(1)
+        return (a * factor + b,)
+
+    double = Replayed(run, torch.device("cpu"), Attempts(lambda: Tape("cpu"), "sums"))
+    kept = []
+    for size in (1, 2, 3, 1, 2, 3):
+        for factor in (2, 3):
+            a, b = torch.randn(2, size)
+            (told,) = double(a, b, factor=factor)
+            kept.append((told, a * factor + b))
+    assert all(torch.equal(told, expected) for told, expected in kept)
+    assert len(double.recordings) <= 3
+    before = len(ran)
+    double(a, b, factor=3)
+    assert len(ran) == before
+
+
 def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
     monkeypatch.setattr(fixed, "FEWEST", 16)
     monkeypatch.setattr(recorded, "BLOCK", 8)
@@ -123,7 +262,7 @@ def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
         assert torch.equal(answer(model, tokens=100), want)
     (memory,) = model.forwards.recordings.free
     assert memory.room == 128
-    assert {columns for _, _, columns, *_ in memory.recordings} > {112}
+    assert {columns for _, _, _, columns, *_ in memory.recordings} > {112}
 
 
 def test_a_chat_goes_on_from_a_cache_that_later_answers_leave_alone(taped):
@@ -200,7 +339,8 @@ def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
         assert torch.equal(answer(model), answer(base))
-    assert not Tape.played
+    (memory,) = model.forwards.recordings.free
+    assert not memory.record.works
     assert torch.equal(answer(model, tokens=60), answer(base, tokens=60))  # without another word
 
 
@@ -301,6 +441,26 @@ def test_a_compiled_forward_of_fixed_sizes_gives_the_tokens_of_the_base(monkeypa
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(answer(model, tokens=100), answer(base, tokens=100))
         assert torch.equal(answer(model, prompt(50, seed=3)), answer(base, prompt(50, seed=3)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", beside(tiny()))
+def test_cuda_graphs_draft_what_launched_forwards_do(name):
+    base = tiny().to("cuda")
+    trees = {}
+    for compile in (False, True):
+        drafter, proposed = beside(base)[name], []
+        if name.startswith("draft-model"):
+            drafter.model.to("cuda")
+        model = compose(base, drafter, budget=16, compile=compile, plugins=[Proposed(proposed), AlwaysAsk()])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".* cannot be recorded")
+            for seed in range(3):
+                ids = prompt(seed=seed).cuda()
+                assert torch.equal(answer(model, ids, 60), answer(base, ids, 60))
+        trees[compile] = [tree.tokens.tolist() for tree in proposed]
+    assert trees[True] == trees[False]
+    assert drafted(drafter)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

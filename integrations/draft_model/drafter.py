@@ -6,21 +6,27 @@ Knows how many forwards of the draft model a step gets and what each is for. The
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
+from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
+from ppd_compose.recorded import Recordings
+from ppd_compose.recorders import Recorder
+from ppd_compose.replayed import Attempts, Lending, Lendings, Replayed
 
 from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
 from .fitting import compare_vocabularies, refuse_draft
 from .growth import Growth
-from .reading import Reading
+from .reading import Reading, best_guesses
 from .shared import shared_token, usual_depth
 
 
@@ -74,6 +80,7 @@ class DraftModel(Shared):
         self.prompt_tokens, self.tokenizer, self.shared = prompt_tokens, tokenizer, shared_token(model.config)
         self.n = len(prompt_tokens.embeddings) if prompt_tokens else 0 if self.shared is None else self.depth - 1
         self.follows = False  # to the device of the base
+        self._recordings, self._lendings = Recordings(), Lendings[Replayed]()
         self.origin: Origin | None = None
         self._found: tuple[object, ...] = ()  # what came from there, and how often it was written to
         self.forwards = forwards or self._usual_forwards()
@@ -146,10 +153,13 @@ class DraftModel(Shared):
             cast(Any, self.model).to(model.device)
 
     @hookimpl
-    def start(self, step: Step) -> None:
+    def start(self, step: Step, model: PreTrainedModel) -> None:
         """No token is read yet: the prompt is read with the first draft."""
         prefix = None if self.prompt_tokens is None else self.prompt_tokens.keys_values
-        step.memory[self] = Reading(self.model, self._prompts(), step.vocab_size, self.width, prefix)
+        record = recorder_of(model, self.model)
+        lend = record and partial(_lend, step.ending, self._recordings, self.model)
+        searching = step.ending.enter_context(self._searching(record).lent())
+        step.memory[self] = Reading(self.model, self._prompts(), step.vocab_size, self.width, prefix, lend, searching)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
@@ -165,6 +175,14 @@ class DraftModel(Shared):
                 break
             growth.learn(tokens, parents, reading.look(tokens, parents, min(self.n, depth - 2)))
         return growth.tree()
+
+    def _searching(self, record: Callable[[], Recorder] | None) -> Lending[Replayed]:
+        """`best_guesses` on the draft model's device."""
+        device, what = self.model.device, "guesses of a draft model"
+        return self._lendings.of(
+            self.model, (device, record is None),
+            lambda: lambda: Replayed(best_guesses, device, record and Attempts(record, what)),
+        )  # fmt: skip
 
     def _usual_forwards(self) -> int:
         if self.prompt_tokens is not None:
@@ -190,6 +208,11 @@ class DraftModel(Shared):
         module: Any = self.model.get_input_embeddings()
         weight: Tensor = module.weight
         return weight
+
+
+def _lend(ending: ExitStack, recordings: Recordings, model: PreTrainedModel, cache: Cache, visible: Tensor) -> None:
+    """Let `cache` lie in memory of `recordings` until the sequence ends."""
+    ending.enter_context(recordings.lent(model, cache, visible))
 
 
 def _writes(model: PreTrainedModel) -> int:

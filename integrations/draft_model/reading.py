@@ -1,12 +1,11 @@
-"""What a draft model has read of one sequence, and forwards that look at guesses of what comes next.
+"""What a draft model has read of one sequence, and looks at guesses of what comes next.
 
-Knows the draft model's KV cache: the tokens read, and below the last of them the rows looked at so far. Does not know
-which guesses are worth a look.
+Knows the tokens read, and below the last of them the rows looked at so far. Does not know how a forward is computed,
+nor which guesses are worth a look.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ppd_compose.cache import commit, with_cache
-from ppd_compose.mask import attention_mask
-from ppd_compose.top import best_tokens, on_host
-from ppd_compose.tree import Floats, Ints, ancestors
+from ppd_compose.cache import commit
+from ppd_compose.replayed import Replayed
+from ppd_compose.top import best_tokens, for_host, on_host
+from ppd_compose.tree import Floats, Ints
 
-CHUNK = 512  # tokens of a prompt that are read in one forward
+from .forwards import Forwards, Lend
 
 # Row -1 is the last token read; rows 0, 1, ... were looked at since, in that order.
 ROOT = -1
@@ -47,27 +46,31 @@ class Reading:
         width: guesses of each next token.
         prefix: keys and values that prompt tokens alone see before the sequence `[layers that keep the whole context,
             2, key heads, columns, head_dim]`.
+        lend: where forwards are recorded, see `Forwards`.
+        searching: `best_guesses`, of no other sequence meanwhile; None: it is launched.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Tensor, vocab_size: int, width: int, prefix: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        prompts: Tensor,
+        vocab_size: int,
+        width: int,
+        prefix: Tensor | None = None,
+        lend: Lend | None = None,
+        searching: Replayed | None = None,
     ) -> None:
-        self.model, self.prompts, self.vocab_size, self.width = model, prompts, vocab_size, width
-        # Layers that keep the whole past, also where the model has windows, which the masks cut instead: a window's own
-        # layer forgets what it holds while guesses are looked at, and they are dropped again.
-        self.cache = DynamicCache()
-        layers: list[Any] = list(DynamicCache(config=model.config).layers)
-        self.windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
-        self.front = 0 if prefix is None else prefix.shape[3]  # columns before the sequence
-        if prefix is not None:
-            whole = [at for at, layer in enumerate(layers) if not layer.is_sliding]
-            for at, states in zip(whole, prefix.to(model.device, model.dtype), strict=True):
-                self.cache.update(*states[:, None], at)
-        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.forward = Forwards(model, prompts.flatten(0, 1), prefix, lend)
+        (self.n, self.v), self.vocab_size, self.width = prompts.shape[:2], vocab_size, width
+        self.searching = searching or Replayed(best_guesses, model.device, None)
         self.length = 0  # tokens read
         self.parents: list[int] = []  # of the rows looked at
         self.rows: dict[tuple[int, int], int] = {}  # (parent, token): the row that holds it
+
+    @property
+    def cache(self) -> Cache:
+        """The draft model's keys and values."""
+        return self.forward.cache
 
     def read(self, ids: Sequence[int], prompts: int) -> Ahead:
         """Read the tokens of `ids` that are new; those that were looked at as guesses need no second forward.
@@ -76,8 +79,10 @@ class Reading:
         `[1, 1 + prompts, width]`.
         """
         self._settle(ids)
-        while len(ids) - self.length > CHUNK:
-            self._read(ids[self.length : self.length + CHUNK], 0)
+        if self.length:
+            self.forward.lie_still()
+        while len(ids) - self.length > self.forward.most:
+            self._read(ids[self.length : self.length + self.forward.most], 0)
         return self._read(ids[self.length :], prompts)
 
     def look(self, tokens: Sequence[int], parents: Sequence[int], prompts: int) -> Ahead:
@@ -112,61 +117,32 @@ class Reading:
     def _forward(self, tokens: Sequence[int], parents: Sequence[int], told: int, prompts: int) -> Ahead:
         """One forward of new rows and, below each of the last `told` of them, of prompt tokens, whose rows leave the
         cache again."""
-        own = self.prompts[:prompts]
-        below = _hanging(len(self.parents) + len(tokens), told, *own.shape[:2])
-        keep: dict[str, Any] = {"logits_to_keep": told + len(below)} if self.keeps_logits else {}
-        model: Any = self.model
-        out = model(
-            **self._inputs(tokens, own.flatten(0, 1).repeat(told, 1)),
-            **self._places([*self.parents, *parents, *below], len(below)),
-            **keep,
-            **with_cache(model, self.cache),
-            return_dict=True,
-        )
+        n = min(prompts, self.n)
+        below = _hanging(len(self.parents) + len(tokens), told, n, self.v)
+        kinds = np.tile(np.arange(n * self.v), told)
+        above = [*self.parents, *parents, *below]
+        logits = self.forward(self.length, tokens, kinds, above, told + len(below))
         commit(self.cache, len(below), [])
-        return self._best(out.logits[0, -told - len(below) :, : self.vocab_size].float(), told, *own.shape[:2])
+        how = {"told": told, "v": self.v, "vocab": self.vocab_size, "width": self.width}
+        claims, best = on_host(*self.searching(logits, **how))
+        return Ahead(_by_row(best, told), _by_row(claims, told).astype(np.float64))
 
-    def _inputs(self, tokens: Sequence[int], prompts: Tensor) -> dict[str, Tensor]:
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        if not len(prompts):
-            return {"input_ids": ids}
-        embed = self.model.get_input_embeddings()(ids)
-        return {"inputs_embeds": torch.cat([embed, prompts[None].to(embed)], dim=1)}
 
-    def _places(self, parents: Sequence[int], prompts: int) -> dict[str, Any]:
-        """Position ids and mask of the rows behind those looked at already, the last `prompts` being prompt tokens; a
-        mere chain needs no mask where nothing stands before the sequence."""
-        old, rows = len(self.parents), np.asarray(parents, np.int64)
-        if not self.front and np.array_equal(rows, np.arange(ROOT, len(rows) - 1)):
-            return {"position_ids": self._standing(torch.arange(old, len(rows), device="cpu"))}
-        see = torch.from_numpy(ancestors(rows))
-        depths = see.sum(1) - 1
-        columns = torch.cat([torch.arange(-self.length, 0, device="cpu"), depths])
-        see = torch.cat([see.new_ones(len(rows) - old, self.length), see[old:]], dim=1)
-        apart = depths[old:, None] - columns
-        front = (torch.arange(len(see), device="cpu") >= len(see) - prompts)[:, None].expand(-1, self.front)
-        masks = {
-            "full_attention" if window is None else "sliding_attention": attention_mask(
-                self.model, (torch.cat([front, see], dim=1) if window is None else see & (apart < window))[None, None]
-            ).to(self.model.device)
-            for window in self.windows
-        }
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return {"position_ids": self._standing(depths[old:]), "attention_mask": mask}
+def best_guesses(logits: Tensor, *, told: int, v: int, vocab: int, width: int) -> tuple[Tensor, ...]:
+    """Log-probabilities and tokens `[told + told * n, width]`, `for_host`: of rows, then of their prompt tokens.
 
-    def _standing(self, depths: Tensor) -> Tensor:
-        """Position ids `[1, rows]` of rows at `depths` behind the tokens read."""
-        # Prompt tokens behind the last position guess tokens that there is no room for: any position will do.
-        at = self.length + depths
-        return (at if self.positions is None else at.clamp(max=self.positions - 1))[None].to(self.model.device)
-
-    def _best(self, logits: Tensor, rows: int, n: int, v: int) -> Ahead:
-        """The best guesses from `logits` `[rows + rows * n * v, vocab]`: of the rows, then of their prompt tokens."""
-        if n and v > 1:
-            each = logits[rows:].log_softmax(-1).view(rows * n, v, -1)
-            logits = torch.cat([logits[:rows], each.logsumexp(1) - math.log(v)])
-        claims, tokens = on_host(*best_tokens(logits, self.width))
-        return Ahead(_by_row(tokens, rows), _by_row(claims, rows).astype(np.float64))
+    Args:
+        logits: `[told + told * n * v, entries]`, of which the first `vocab` may be guessed.
+        told: rows.
+        v: embeddings of a prompt token, which are averaged.
+        vocab: entries that may be guessed.
+        width: guesses of each.
+    """
+    logits = logits[:, :vocab].float()
+    if v > 1 and len(logits) > told:
+        each = logits[told:].log_softmax(-1).view(-1, v, logits.shape[1])
+        logits = torch.cat([logits[:told], each.logsumexp(1) - math.log(v)])
+    return for_host(*best_tokens(logits, width))
 
 
 def _hanging(rows: int, told: int, n: int, v: int) -> list[int]:

@@ -70,6 +70,7 @@ def borrow(head: Head, model: PreTrainedModel) -> Parts:
     module: Any = model.get_input_embeddings()
     like = module.weight
     network = DraftNetwork.of(head.config, {name: tensor.to(like) for name, tensor in head.network.items()})
+    network.positions = [rotary.to(like.device) for rotary in network.positions]
     output = OutputHead.of(model, head.target_ids) if head.lm_head is None else OutputHead(head.lm_head)
     embed = module if head.embedding is None else nn.Embedding.from_pretrained(head.embedding.to(like))
     ids = None if head.target_ids is None else head.target_ids.to(like.device)

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
+from ppd_compose.replayed import Lending, Lendings
 
-from .borrowed import OutputHead, Parts, borrow
+from .borrowed import OutputHead, borrow
 from .card import head_card
 from .files import is_head, read_head
 from .grow import Frontier, dynamic_tree, foreign_paths, leaves_of
 from .head import Head, write_head
+from .kept import Kept
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
@@ -69,7 +72,7 @@ class EagleHead(Shared):
             raise ValueError(f"need depth, grow >= 0 and top_k >= 1, got {depth}, {grow} and {top_k}")
         self.head, self.depth, self.top_k, self.grow = head, depth, top_k, grow
         self.settings = {"depth": depth, "top_k": top_k, "grow": grow}
-        self._parts: WeakKeyDictionary[PreTrainedModel, tuple[Any, Parts]] = WeakKeyDictionary()
+        self._lendings: Lendings[Kept] = Lendings()
 
     @classmethod
     def from_pretrained(
@@ -123,7 +126,8 @@ class EagleHead(Shared):
         """Take in the hidden states of the prompt."""
         layers = self.hidden_layers(model)
         first = len(step.ids) - len(step.hidden_states[layers[0]])
-        memory = step.memory[self] = Memory(DraftRows(self._ready(model), first), layers)
+        kept = step.ending.enter_context(self._ready(model).lent())
+        memory = step.memory[self] = Memory(DraftRows(kept, first), layers)
         memory.learn(step)
 
     @hookimpl
@@ -165,14 +169,13 @@ class EagleHead(Shared):
         if step.index > 1:
             memory.learn(step)
 
-    def _ready(self, model: PreTrainedModel) -> Parts:
-        """The head on the device of `model` and in its dtype, made once while these stay as they are."""
-        state = [state_of_layer(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-        known, parts = self._parts.get(model, (None, None))
-        if parts is None or known != state:
-            parts = borrow(self.head, model)
-            self._parts[model] = (state, parts)
-        return parts
+    def _ready(self, model: PreTrainedModel) -> Lending[Kept]:
+        """The head on the device of `model` and in its dtype, made once while these, and the way of the forwards, stay
+        as they are."""
+        record = recorder_of(model)
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        state = [*map(state_of_layer, layers), record is None]
+        return self._lendings.of(model, state, lambda: partial(Kept, borrow(self.head, model), record))
 
 
 def _check_sizes(head: Head, base: Identity, vocab_size: int) -> None:

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from ppd_compose.top import best_tokens
 from ppd_compose.tree import Ints, TokenTree, ancestors, renumber, row_depths
 
-from .borrowed import Parts
+from .kept import Kept
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
+
+Claims = NDArray[np.float32]  # log
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,22 @@ class Frontier:
     """Rows whose children are guessed next."""
 
     drafted: Drafted  # what the rows gave
-    nodes: Tensor  # int64 [rows], their numbers in the tree that is made
-    rows: Tensor  # int64 [rows], their numbers among the candidates that were run; -1 for the root
-    depths: Tensor  # int64 [rows]
-    scores: Tensor  # float [rows], claimed chance of their paths, log
+    nodes: Ints  # [rows], their numbers in the tree that is made
+    rows: Ints  # [rows], their numbers among the candidates that were run; -1 for the root
+    depths: Ints  # [rows]
+    scores: Claims  # [rows], claimed chance of their paths, log
 
     @classmethod
     def root(cls, drafted: Drafted) -> Frontier:
         """The root alone, `drafted` `[1, hidden]` being the output of the last accepted pair."""
-        nodes = torch.zeros(1, dtype=torch.long, device=drafted.hidden.device)
-        return cls(drafted, nodes, nodes - 1, nodes, nodes.float())
+        nodes = np.zeros(1, np.int64)
+        return cls(drafted, nodes, nodes - 1, nodes, np.zeros(1, np.float32))
 
-    def children(self, parts: Parts, width: int) -> tuple[Tensor, Tensor]:
+    def children(self, kept: Kept, width: int) -> tuple[Claims, Ints]:
         """Claims and tokens `[rows, width]` of the best children, a claim being that of the whole path."""
-        log_probs, tokens = best_tokens(parts.output(self.drafted.hidden), width)
-        tokens = tokens if parts.target_ids is None else parts.target_ids[tokens]
-        # The sum of a softmax may round to more than 1, a claim must not.
-        return self.scores[:, None] + log_probs.clamp(max=0.0), tokens
+        log_probs, tokens = kept.children(self.drafted.hidden, width)
+        claims: Claims = self.scores[:, None] + log_probs
+        return claims, tokens
 
 
 def dynamic_tree(
@@ -54,22 +54,19 @@ def dynamic_tree(
     """
     tokens, parents, scores, count = [], [], [], len(known)
     while True:
-        claims, words = frontier.children(rows.parts, width)
+        claims, words = frontier.children(rows.kept, width)
         tokens.append(words.ravel())
-        parents.append(frontier.nodes.repeat_interleave(words.shape[1]))
+        parents.append(frontier.nodes.repeat(words.shape[1]))
         scores.append(claims.ravel())
-        best = scores[-1].topk(min(width, len(scores[-1]))).indices
+        best = np.argsort(-scores[-1], kind="stable")[:width]
         if levels.all_made or _settled(scores, best, size) or not levels.another(scores[-1][best]):
             break
-        above = best // words.shape[1]
-        ran = len(rows.see)
-        drafted = rows.level(
-            tokens[-1][best], frontier.drafted.feature[above], frontier.rows[above], frontier.depths[above] + 1
-        )
-        fresh = torch.arange(ran, ran + len(best), device=best.device)
-        frontier = Frontier(drafted, count + best, fresh, frontier.depths[above] + 1, scores[-1][best])
+        above, ran = best // words.shape[1], len(rows.see)
+        depths = frontier.depths[above] + 1
+        drafted = rows.level(tokens[-1][best], above, frontier.drafted.feature, frontier.rows[above], depths)
+        frontier = Frontier(drafted, count + best, np.arange(ran, ran + len(best)), depths, scores[-1][best])
         count += len(tokens[-1])
-    return _best(known, torch.cat(tokens), torch.cat(parents), torch.cat(scores), size)
+    return _best(known, np.concatenate(tokens), np.concatenate(parents), np.concatenate(scores), size)
 
 
 def foreign_paths(tree: TokenTree, own: TokenTree, count: int, deepest: int) -> TokenTree | None:
@@ -86,43 +83,36 @@ def foreign_paths(tree: TokenTree, own: TokenTree, count: int, deepest: int) -> 
 
 def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
     """Run all nodes of `tree` below the root, level by level; its leaves as a frontier."""
-    device, depths = root.hidden.device, row_depths(tree.parents)
+    depths = row_depths(tree.parents)
     ran = np.full(len(tree), -1)
     feature, hidden = (part.repeat(len(tree), 1) for part in root)
     for depth in range(1, int(depths.max(initial=0)) + 1):
         at = np.flatnonzero(depths == depth)
-        nodes, above = _on(at, device), _on(tree.parents[at], device)
-        start = len(rows.see)
-        made = rows.level(
-            _on(tree.tokens[at], device), feature[above], _on(ran[tree.parents[at]], device), _on(depths[at], device)
-        )
-        feature[nodes], hidden[nodes] = made
+        start, above = len(rows.see), tree.parents[at]
+        nodes = torch.from_numpy(at).to(feature.device)
+        feature[nodes], hidden[nodes] = rows.level(tree.tokens[at], above, feature, ran[above], depths[at])
         ran[at] = np.arange(start, start + len(at))
     at = np.setdiff1d(np.arange(len(tree)), tree.parents)
     # Rounded down, so that no child claims more than its parent did.
-    scores = torch.from_numpy(np.nextafter(tree.log_probs[at].astype(np.float32), np.float32(-np.inf))).to(device)
-    nodes, drafted = _on(at, device), Drafted(feature[at], hidden[at])
-    return Frontier(drafted, nodes, _on(ran[at], device), _on(depths[at], device), scores)
+    scores = np.nextafter(tree.log_probs[at].astype(np.float32), np.float32(-np.inf))
+    nodes = torch.from_numpy(at).to(feature.device)
+    return Frontier(Drafted(feature[nodes], hidden[nodes]), at, ran[at], depths[at], scores)
 
 
-def _settled(scores: list[Tensor], best: Tensor, size: int) -> bool:
+def _settled(scores: list[Claims], best: Ints, size: int) -> bool:
     """Whether nothing below the newest level can be among the `size` likeliest: a child claims less than its parent."""
-    every = torch.cat(scores)
-    return len(every) >= size and bool(every.topk(size).values[-1] >= scores[-1][best[0]])
+    every = np.concatenate(scores)
+    return len(every) >= size and bool(np.partition(every, -size)[-size] >= scores[-1][best[0]])
 
 
-def _best(known: TokenTree, tokens: Tensor, parents: Tensor, scores: Tensor, size: int) -> TokenTree:
+def _best(known: TokenTree, tokens: Ints, parents: Ints, scores: Claims, size: int) -> TokenTree:
     """`known` and the `size` likeliest of the nodes found, whose numbers go on from those of `known`."""
-    claims = scores.numpy(force=True).astype(np.float64)
+    claims = scores.astype(np.float64)
     # Stable, and a parent stands before its children: of equals it is taken first.
     kept = len(known) + np.sort(np.argsort(-claims, kind="stable")[:size])
-    words = np.concatenate([known.tokens, tokens.numpy(force=True)])
-    above = np.concatenate([known.parents, parents.numpy(force=True)])
+    words = np.concatenate([known.tokens, tokens])
+    above = np.concatenate([known.parents, parents])
     claimed = np.concatenate([known.log_probs, claims])
     nodes = np.concatenate([np.arange(len(known)), kept])
     at = renumber(nodes, len(words))
     return TokenTree.of(words[nodes], at[above[nodes]], claimed[nodes])
-
-
-def _on(numbers: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(device)

@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass, field
 from statistics import median
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ppd_compose.asking import TIMED, TRIED
 from ppd_compose.tree import Floats
@@ -30,12 +31,12 @@ class Levels:
         """Whether there is no other level to ask for."""
         return self.made == self.most
 
-    def another(self, scores: Tensor) -> bool:
+    def another(self, scores: NDArray[np.floating]) -> bool:
         """Whether to run a level below nodes whose paths have the chances `scores` `[nodes]`, log.
 
         It adds no more tokens than those chances, each less the row that it takes to verify a child.
         """
-        gain = float((scores.exp() - self.row_price).clamp(min=0.0).sum())
+        gain = float((np.exp(scores) - self.row_price).clip(min=0.0).sum())
         if self.all_made or gain < self.level_price:
             return False
         self.begin = self.begin or time.perf_counter()

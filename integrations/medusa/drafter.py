@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,19 +19,22 @@ from transformers import PreTrainedModel
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.finish import output_head, output_rows
+from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
+from ppd_compose.replayed import Lending, Lendings
 from ppd_compose.step import Answer
-from ppd_compose.top import best_tokens, on_host
+from ppd_compose.top import on_host
 from ppd_compose.tree import Ints
 
 from .beside import PromptHeads, by_distance
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
-from .heads import Heads, Held, Placed, place
+from .heads import Heads, placed
 from .layouts import LAYOUTS
+from .running import Held, Running
 
 WIDTH = 10  # guesses taken from each head
 
@@ -76,6 +79,7 @@ class MedusaHeads(Shared):
     ) -> None:
         self.heads = heads if identity is None else replace(heads, vocab_size=identity.vocab_size)
         self.choices = None if choices is None else Choices.of(choices, len(heads))
+        self.width = WIDTH if self.choices is None else self.choices.width  # guesses taken from each head
         self.settings = {"choices": None if choices is None else [list(path) for path in choices]}
         self.identity, self.base_name = identity, identity.name if identity else base_name
         self.training = dict(training or {})
@@ -89,7 +93,7 @@ class MedusaHeads(Shared):
             raise ValueError(f"prompt heads of {prompt_heads.hidden_size} numbers beside heads of {heads.hidden_size}")
         self.prompt_heads = prompt_heads
         self._at: dict[tuple[torch.device, torch.dtype], tuple[Heads, PromptHeads | None]] = {}
-        self._placed: WeakKeyDictionary[PreTrainedModel, tuple[Any, Placed]] = WeakKeyDictionary()
+        self._lendings: Lendings[Running] = Lendings()
 
     @classmethod
     def from_pretrained(
@@ -192,7 +196,7 @@ class MedusaHeads(Shared):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the heads to the model's device and dtype."""
         (layer,) = self.hidden_layers(model)
-        step.memory[self] = Held(layer, self._ready(model), model.get_input_embeddings())
+        step.memory[self] = Held(layer, step.ending.enter_context(self._ready(model).lent()))
 
     @hookimpl
     def refine(self, step: Step, drafter: Any, answer: Answer) -> Answer | None:
@@ -204,10 +208,9 @@ class MedusaHeads(Shared):
         held = step.memory[self]
         v = drafter.embeddings.shape[1]
         states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)[: len(heads)]
-        root = held.embed(torch.tensor([step.ids[-1]], device=states.device))
-        logits = held.placed.reread(states, step.hidden_states[held.layer][-1:], root)[:, 0]
+        (logits,) = held.running.reread(states, step.hidden_states[held.layer][-1:], torch.tensor([step.ids[-1]]))
         held.refined = step.index
-        return Answer(v * np.arange(len(states)), logits, {}, held.placed.heads.token_map)
+        return Answer(v * np.arange(len(states)), logits, {}, held.running.token_map)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
@@ -216,30 +219,30 @@ class MedusaHeads(Shared):
         held = step.memory[self]
         if held.refined == step.index:
             return None
-        log_probs, tokens = self._guesses(held.placed, step.hidden_states[held.layer][-1:])
+        log_probs, tokens = self._guesses(held.running, step.hidden_states[held.layer][-1:])
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
 
-    def _ready(self, model: PreTrainedModel) -> Placed:
-        """The heads beside `model`, made once while its output head stays as it is."""
-        layer = output_head(model)
-        state, key = state_of_layer(layer), (layer.weight.device, layer.weight.dtype)
-        known, placed = self._placed.get(model, (None, None))
-        if placed is None or known != state:
-            if key not in self._at:
-                self._at[key] = self.heads.to(layer.weight), self.prompt_heads and self.prompt_heads.to(layer.weight)
-            placed = place(*self._at[key], model)
-            self._placed[model] = (state, placed)
-        return placed
-
-    def _guesses(self, placed: Placed, hidden: Tensor) -> tuple[NDArray[np.floating], Ints]:
-        """Logarithms of chances and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
-        logits = placed.logits(hidden)[:, 0]
-        width = WIDTH if self.choices is None else self.choices.width
+    def _ready(self, model: PreTrainedModel) -> Lending[Running]:
+        """The heads beside `model`, made once while its output head and the way of its forwards stay as they are."""
+        layer, record = output_head(model), recorder_of(model)
+        state = [*map(state_of_layer, (layer, model.get_input_embeddings())), record is None]
         # A calibration holds for the guesses by which it was found, so no fewer are looked at.
-        log_probs, best = best_tokens(logits, max(width, WIDTH))
-        known = placed.heads.token_map
-        told, tokens = on_host(log_probs, best if known is None else known[best])
+        width = max(self.width, WIDTH)
+        return self._lendings.of(
+            model, state, lambda: partial(Running, placed(*self._heads_at(layer.weight), model), width, record)
+        )
+
+    def _heads_at(self, weight: Tensor) -> tuple[Heads, PromptHeads | None]:
+        """Both kinds of heads on the device of `weight` and in its dtype."""
+        place = weight.device, weight.dtype
+        if place not in self._at:
+            self._at[place] = self.heads.to(weight), self.prompt_heads and self.prompt_heads.to(weight)
+        return self._at[place]
+
+    def _guesses(self, running: Running, hidden: Tensor) -> tuple[NDArray[np.floating], Ints]:
+        """Logarithms of chances and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
+        told, tokens = on_host(*running.guesses(hidden))
         claims = told if self.calibration is None else calibrated(told, self.calibration)
-        return claims[:, :width], tokens[:, :width]
+        return claims[:, : self.width], tokens[:, : self.width]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,6 +109,7 @@ class Placed:
 
     heads: Heads
     output: Output | None  # the base's, where the heads have none of their own or prompt heads are there
+    embed: Callable[[Tensor], Tensor]  # the base's, of token ids
     beside: PromptHeads | None = None
     packed: bool = False  # output heads are multiplied with by packed copies
 
@@ -122,21 +123,12 @@ class Placed:
         return entry_logits(states, heads.outputs, multiplied).float()
 
     def reread(self, states: Tensor, last: Tensor, root: Tensor) -> Tensor:
-        """What prompt tokens say `[distances, rows, entries]` float32; see `beside.reread`."""
+        """What prompt tokens say `[distances, rows, entries]` float32; see `beside.reread`, of which `root` `[rows]`
+        are the tokens."""
         assert self.beside is not None
         assert self.output is not None
         like = self.beside.up
-        return self.output.said(self.beside(states.to(like), last.to(like), root.to(like)))
-
-
-@dataclass
-class Held:
-    """What is at hand for one sequence."""
-
-    layer: int  # whose hidden states are read
-    placed: Placed
-    embed: Any  # the model's input embedding
-    refined: int = -1  # the step at which prompt tokens were last told better
+        return self.output.said(self.beside(states.to(like), last.to(like), self.embed(root).to(like)))
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -151,14 +143,14 @@ def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
         raise ValueError(f"token_map holds tokens {lowest} to {highest}, outside the vocabulary of {vocab_size}")
 
 
-def place(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> Placed:
+def placed(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> Placed:
     """Give `heads` and those `beside` them, which are on the model's device, its output head where one of them uses it:
     referred to, or copied rows of a token map."""
-    packed = is_packed(model)
+    packed, embed = is_packed(model), cast(Callable[[Tensor], Tensor], model.get_input_embeddings())
     if heads.outputs and beside is None:
-        return Placed(heads, None, None, packed)
+        return Placed(heads, None, embed, None, packed)
     output = Output(*output_rows(model, heads.token_map), Finish.of(model), packed)
-    return Placed(heads, output, beside, packed)
+    return Placed(heads, output, embed, beside, packed)
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,159 @@
+"""Forwards of a draft model over what it has read and the guesses below: launched, or recorded and played again.
+
+Knows its KV cache, positions and masks. Does not know which guesses are worth a look, nor what is said of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ppd_compose.cache import with_cache
+from ppd_compose.fixed import memory_of
+from ppd_compose.inplace import count, counted, lay_in_place
+from ppd_compose.mask import attention_mask
+from ppd_compose.recorded import MANY, Told, padded, play
+from ppd_compose.tree import Ints, ancestors
+
+CHUNK = 512  # tokens of a prompt that are read in one forward
+
+Lend = Callable[[Cache, Tensor], None]
+
+
+class Forwards:
+    """A draft model on one sequence.
+
+    Args:
+        model: the draft model, on any device, in any dtype.
+        prompts: prompt tokens `[n * v, hidden]`.
+        prefix: keys and values that prompt tokens alone see before the sequence `[layers that keep the whole context,
+            2, key heads, columns, head_dim]`.
+        lend: lays a KV cache, of which the columns `bool [columns]` are visible, into memory over which forwards are
+            recorded; None: they are launched.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Tensor, prefix: Tensor | None = None, lend: Lend | None = None
+    ) -> None:
+        self.model, self.prompts = model, prompts
+        # Layers that keep the whole past, also where the model has windows, which the masks cut instead: a window's own
+        # layer forgets what it holds while guesses are looked at, and they are dropped again.
+        self.cache = DynamicCache()
+        layers: list[Any] = list(DynamicCache(config=model.config).layers)
+        self.windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
+        self.front = 0 if prefix is None else prefix.shape[3]  # columns before the sequence
+        if prefix is not None:
+            whole = [at for at, layer in enumerate(layers) if not layer.is_sliding]
+            for at, states in zip(whole, prefix.to(model.device, model.dtype), strict=True):
+                self.cache.update(*states[:, None], at)
+        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.lend = lend if self.windows == {None} else None
+
+    @property
+    def most(self) -> int:
+        """Tokens that are read in one forward, at most: what is recorded is of few sizes."""
+        return CHUNK if memory_of(self.cache) is None else MANY
+
+    def __call__(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Sequence[int], told: int) -> Tensor:
+        """Logits `[told, vocab]` of the last `told` of new rows, behind `length` tokens that were read.
+
+        Args:
+            length: columns behind those in front that all rows see; behind them stand guesses looked at before.
+            tokens: of new rows.
+            kinds: of the rows behind these, which of the prompt tokens' embeddings they carry.
+            parents: of the guesses looked at before, and of all new rows; -1 is the last token that was read.
+        """
+        if memory_of(self.cache) is None:
+            return self._launched(length, tokens, kinds, np.asarray(parents, np.int64), told)
+        return self._played(length, tokens, kinds, np.asarray(parents, np.int64))[-told:]
+
+    def lie_still(self) -> None:
+        """Let the KV cache, which holds tokens and no guesses now, lie where forwards are recorded, if any are."""
+        if self.lend is not None and memory_of(self.cache) is None:
+            lay_in_place(self.cache)
+            self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool))
+
+    def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, told: int) -> Tensor:
+        keep: dict[str, Any] = {"logits_to_keep": told} if self._keeps_logits else {}
+        model: Any = self.model
+        out = model(
+            **self._inputs(tokens, self.prompts[torch.from_numpy(kinds)]),
+            **self._places(length, parents, len(tokens), len(kinds)),
+            **keep,
+            **with_cache(model, self.cache),
+            return_dict=True,
+        )
+        logits: Tensor = out.logits[0, -told:]
+        return logits
+
+    def _played(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints) -> Tensor:
+        """Logits of all rows by what was recorded."""
+        memory: Any = memory_of(self.cache)
+        rows = len(tokens) + len(kinds)
+        idle = np.full(padded(rows) - rows, -1)
+        see = ancestors(np.concatenate([parents, idle]))[len(parents) - rows :]
+        memory.make_room(len(see))
+        front = np.zeros((len(see), self.front), bool)
+        front[len(tokens) : rows] = True
+        words = np.concatenate([tokens, kinds, np.zeros(len(idle), int)])
+        at = self._standing(length, see.sum(1) - 1)
+        told = Told.of(self.front + length, words, at, see, front)
+        sizes = [len(tokens), len(kinds), len(idle)]
+        said = play(self.model, memory, told, lambda words: self._embedded(*words.split(sizes)), {})
+        count(self.cache, rows)
+        return said.logits[0, :rows]
+
+    def _embedded(self, tokens: Tensor, kinds: Tensor, idle: Tensor) -> Tensor:
+        embed: Tensor = self.model.get_input_embeddings()(tokens)
+        own = self.prompts[kinds].to(embed)
+        return torch.cat([embed, own, embed.new_zeros(len(idle), embed.shape[1])])[None]
+
+    def _inputs(self, tokens: Sequence[int], prompts: Tensor) -> dict[str, Tensor]:
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        if not len(prompts):
+            return {"input_ids": ids}
+        embed = self.model.get_input_embeddings()(ids)
+        return {"inputs_embeds": torch.cat([embed, prompts[None].to(embed)], dim=1)}
+
+    def _places(self, length: int, parents: Ints, tokens: int, prompts: int) -> dict[str, Any]:
+        """Position ids and mask of new rows, the last `prompts` being prompt tokens; a mere chain needs no mask where
+        nothing stands before the sequence."""
+        rows, old = len(parents), len(parents) - tokens - prompts
+        if not self.front and np.array_equal(parents, np.arange(-1, rows - 1)):
+            return {"position_ids": self._on(self._standing(length, np.arange(old, rows)))}
+        see = ancestors(parents)
+        depths = see.sum(1) - 1
+        apart = depths[old:, None] - np.concatenate([np.arange(-length, 0), depths])
+        see = np.concatenate([np.ones((rows - old, length), bool), see[old:]], axis=1)
+        front = np.broadcast_to(np.arange(len(see))[:, None] >= len(see) - prompts, (len(see), self.front))
+        masks = {
+            "full_attention" if window is None else "sliding_attention": self._mask(
+                np.concatenate([front, see], axis=1) if window is None else see & (apart < window)
+            )
+            for window in self.windows
+        }
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return {"position_ids": self._on(self._standing(length, depths[old:])), "attention_mask": mask}
+
+    def _standing(self, length: int, depths: Ints) -> Ints:
+        """Positions of rows at `depths` behind the tokens read."""
+        # Prompt tokens behind the last position guess tokens that there is no room for: any position will do.
+        at: Ints = length + depths
+        return at if self.positions is None else at.clip(max=self.positions - 1)
+
+    def _mask(self, see: Any) -> Tensor:
+        return attention_mask(self.model, torch.from_numpy(see)[None, None]).to(self.model.device)
+
+    def _on(self, positions: Ints) -> Tensor:
+        return torch.from_numpy(positions)[None].to(self.model.device)
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters

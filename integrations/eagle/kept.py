@@ -1,0 +1,156 @@
+"""The draft layer's keys and values of one sequence, in memory that stays, and its forwards over them.
+
+Knows columns, and what a device is told in one go. Does not know which columns were accepted, nor choose tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ppd_compose.recorded import MANY, padded, seen
+from ppd_compose.recorders import Recorder
+from ppd_compose.replayed import Attempts, Replayed
+from ppd_compose.top import best_tokens, for_host, on_host
+from ppd_compose.tree import Bools, Ints
+
+from .borrowed import Parts
+from .network import Drafted, Rope, Rows
+
+SPARE = 256  # columns that there is room for beyond those that are needed
+
+
+class Kept:
+    """A head at work on one sequence at a time. Where a device can record forwards, each is launched at once.
+
+    Args:
+        parts: the head, on its device.
+        record: makes what records its forwards; None: they are launched.
+    """
+
+    def __init__(self, parts: Parts, record: Callable[[], Recorder] | None = None) -> None:
+        self.parts, self.record = parts, record and Attempts(record, "forwards of an EAGLE head")
+        self.keys = self.values = torch.zeros(0, 0, 0)  # [kv heads, room, head_dim]
+        runs = self._pairs, self._candidates, self._children
+        self.run_pairs, self.run_candidates, self.run_children = (
+            Replayed(run, parts.device, self.record) for run in runs
+        )
+
+    def clear(self) -> None:
+        """Hold nothing: a hidden column counts nothing only where it holds a number."""
+        self.keys.zero_()
+        self.values.zero_()
+
+    def pairs(self, first: int, at: int, tokens: Sequence[int], features: Tensor) -> Drafted:
+        """Run pairs at the columns from `at` on, position `first` being that of column 0; what the last of them gives
+        `[1, hidden]`, over all columns up to its own. Of a single layer the others are needed as keys and values alone.
+
+        Args:
+            tokens: of the pairs.
+            features: `[pairs, hidden]`.
+        """
+        few = self.record is not None and len(tokens) <= MANY
+        idle = padded(len(tokens)) - len(tokens) if few else 0
+        last = at + len(tokens) - 1
+        columns = self._room(features, last + 1 + idle, few)
+        numbers = _whole([first, at, len(tokens) - 1], tokens, [0] * idle)
+        see = torch.from_numpy(np.arange(columns)[None] <= last)
+        run = self.run_pairs if few else self.run_pairs.launched
+        return Drafted(*run(pad(features, (0, 0, 0, idle)) if idle else features, numbers, see))
+
+    def candidates(
+        self, begin: int, tokens: Ints, above: Ints, features: Tensor, positions: Ints, see: Bools
+    ) -> Drafted:
+        """Run candidates, those before them in this step being at the columns from `begin` on.
+
+        Args:
+            tokens: `[rows]`.
+            above: `[rows]`, which of `features` is that of each one's parent.
+            features: `[any, hidden]`.
+            positions: `[rows]`.
+            see: `[rows, own]`, which of the step's candidates they see, all of them but `rows` being there already.
+                Columns before `begin` are seen by all.
+        """
+        rows, own = see.shape
+        end = begin + own
+        every = np.zeros((rows, self._room(features, end, self.record is not None)), bool)
+        every[:, :begin], every[:, begin:end] = True, see
+        numbers = _whole([end - rows], tokens, above, positions)
+        return Drafted(*self.run_candidates(features, numbers, torch.from_numpy(every)))
+
+    def children(self, hidden: Tensor, width: int) -> tuple[NDArray[np.float32], Ints]:
+        """Logarithms of chances and tokens `[rows, width]` of the best after `hidden` `[rows, hidden]`."""
+        return on_host(*self.run_children(hidden, width=width))
+
+    def _pairs(self, features: Tensor, numbers: Tensor, see: Tensor) -> tuple[Tensor, ...]:
+        """What is recorded of `pairs`."""
+        first, at, last, tokens = numbers.split([1, 1, 1, len(features)])
+        rows = self.parts.network.rows(self.parts.embed(tokens), features)
+        places = at + torch.arange(len(tokens), device=at.device)
+        rope = self.parts.network.rope(first + places, features)
+        self._write(places, rows, rope)
+        return self._over(see, Rows(*(_row(part, last) for part in rows)), Rope(*(_row(part, last) for part in rope)))
+
+    def _candidates(self, features: Tensor, numbers: Tensor, see: Tensor) -> tuple[Tensor, ...]:
+        """What is recorded of `candidates`."""
+        count = len(see)
+        at, tokens, above, positions = numbers.split([1, count, count, count])
+        rows = self.parts.network.rows(self.parts.embed(tokens), features[above])
+        rope = self.parts.network.rope(positions, features)
+        self._write(at + torch.arange(count, device=at.device), rows, rope)
+        return self._over(see, rows, rope)
+
+    def _children(self, hidden: Tensor, *, width: int) -> tuple[Tensor, ...]:
+        """What is recorded of `children`."""
+        log_probs, best = best_tokens(self.parts.output(hidden), width)
+        known = self.parts.target_ids
+        # The sum of a softmax may round to more than 1, a claim must not.
+        return for_host(log_probs.clamp(max=0.0), best if known is None else known[best])
+
+    def _write(self, places: Tensor, rows: Rows, rope: Rope) -> None:
+        keys, values = self.parts.network.remember(rows, rope)
+        self.keys.index_copy_(1, places, keys)
+        self.values.index_copy_(1, places, values)
+
+    def _over(self, see: Tensor, rows: Rows, rope: Rope) -> tuple[Tensor, ...]:
+        columns = see.shape[1]
+        told: Drafted = self.parts.network(rows, rope, self.keys[:, :columns], self.values[:, :columns], see)
+        return told
+
+    def _room(self, like: Tensor, columns: int, few: bool) -> int:
+        """How many columns the next forward is shown, `columns` of which may count: few numbers, where it is recorded,
+        so that there are few recordings. Makes room for them."""
+        sees = seen(columns) if few else columns
+        if self.keys.shape[1] < sees:
+            self._grow(like, max(sees + SPARE, 2 * self.keys.shape[1]))
+        return sees
+
+    def _grow(self, like: Tensor, room: int) -> None:
+        """Move to larger memory; nothing that was recorded holds then."""
+        for run in (self.run_pairs, self.run_candidates, self.run_children):
+            run.recordings.clear()
+        if self.record is not None:
+            self.record.renew()
+        old = self.keys, self.values
+        attention: Any = self.parts.network.layer.self_attn
+        with torch.inference_mode(False):  # what was made within could not be written to without
+            self.keys, self.values = (like.new_zeros(attention.kv_heads, room, attention.dim) for _ in old)
+        for mine, theirs in zip((self.keys, self.values), old, strict=True):
+            if theirs.numel():
+                mine[:, : theirs.shape[1]] = theirs
+
+
+def _row(tensor: Tensor, at: Tensor) -> Tensor:
+    """Row `at` `[1]`; itself where it is the only one, as what packed layers made of it is known by its identity."""
+    return tensor if len(tensor) == 1 else tensor[at]
+
+
+def _whole(*numbers: Sequence[int] | Ints | Bools) -> Tensor:
+    """All `numbers`, one behind the other, int64."""
+    return torch.from_numpy(np.concatenate(numbers).astype(np.int64))
