@@ -6,7 +6,7 @@ Knows picks and paths. Does not know where the candidate tree came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,10 +50,13 @@ class Picker:
         self.scores: list[Tensor] = []  # processed [1, vocab] float32, one for each pick, where kept
         self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32, where kept
 
-    def over(self, logits: Tensor, prefix: Callable[[int], Tensor]) -> Callable[[int], int]:
-        """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it."""
+    def over(
+        self, logits: Tensor, prefix: Callable[[int], Tensor], best: Sequence[int] | None = None
+    ) -> Callable[[int], int]:
+        """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it; `best`
+        `[nodes]` are the likeliest tokens, where they are known."""
         if not (self.processors or self.do_sample or self.keeps_scores or self.keeps_logits):
-            return _argmax(logits)
+            return _argmax(logits) if best is None else best.__getitem__
         return lambda node: self._pick(logits[node][None], prefix(node))
 
     def _pick(self, logits: Tensor, ids: Tensor) -> int:

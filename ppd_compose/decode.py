@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ class Decoding:
     def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
         """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""
         start = self.sequence.length
-        pick = self.request.picker.over(verified.logits, lambda node: self._prefix(tree, start, node))
+        prefix = partial(self._prefix, tree, start)
+        pick = self.request.picker.over(verified.logits, prefix, verified.picks)
         path = []
         for node, token in self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick):
             path.append(node)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +22,14 @@ def guesses(logits: Tensor, known: Tensor | None = None, *, distances: Sequence[
     Args:
         logits: `[rows, entries]`, those of the embeddings of one distance averaged.
         known: `[entries]` int64, the token of each entry; None: entry i is token i.
-        distances: of each row, in ascending order.
+        distances: of each row; there is one row for each at least.
     """
-    logits = logits.float()
-    if len(distances) > distances[-1] + 1:
-        logits = torch.stack([average(logits[at]) for at in _groups(distances)])
+    logits, far = logits.float(), max(distances) + 1
+    if len(distances) > far:
+        rows: list[list[Tensor]] = [[] for _ in range(far)]
+        for distance, row in zip(distances, logits, strict=True):
+            rows[distance].append(row)
+        logits = torch.stack([average(torch.stack(mine)) for mine in rows])
     log_probs, best = best_tokens(logits, WIDTH)
     return for_host(log_probs, best if known is None else known[best])
 
@@ -35,9 +37,3 @@ def guesses(logits: Tensor, known: Tensor | None = None, *, distances: Sequence[
 def average(logits: Tensor) -> Tensor:
     """Log of the mean distribution `[vocab]` float32 over `logits` `[embeddings, vocab]` (PPD, section 3.2)."""
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
-
-
-def _groups(distances: Sequence[int]) -> list[slice]:
-    """The rows of each of `distances`, which ascend."""
-    ends = np.cumsum(np.bincount(distances)).tolist()
-    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .inplace import InPlaceLayer, counted, in_place_layers
-from .replayed import Attempts
+from .replayed import Recorded
 
 FEWEST = 512  # columns that there is room for
 
@@ -23,23 +23,17 @@ class Memory:
     """Room for the keys and values of one sequence at a time, and what was recorded of forwards that use it.
 
     Args:
-        record: records forwards.
-        facts: what these recordings take for given.
+        recorded: keeps these recordings.
+        facts: what they take for given.
     """
 
-    def __init__(self, record: Attempts, facts: Hashable) -> None:
-        self.record, self.facts = record, facts
-        self.recordings: dict[Hashable, Any] = {}
+    def __init__(self, recorded: Recorded, facts: Hashable) -> None:
+        self.recorded, self.facts = recorded, facts
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
         self.cache: Any = None  # whose layers these are at the time
         # Of the forward that is being computed: where its own go `[rows]`, and how many columns it sees.
         self.places, self.seen = torch.zeros(0, dtype=torch.long), 0
-
-    def forget(self) -> None:
-        """Let go of all recordings, and of what they share."""
-        self.recordings = {}
-        self.record.renew()
 
     @property
     def room(self) -> int:
@@ -71,7 +65,6 @@ class Memory:
         """Let the layers of `cache` be those that they were, with copies of what they hold now."""
         layers: list[Any] = list(cache.layers)
         cache.layers = [layer.moved_out() if isinstance(layer, FixedLayer) else layer for layer in layers]
-        self.cache = None
 
     def make_room(self, rows: int) -> None:
         """Let there be room for `rows` columns more than count, at other addresses where that takes more memory: then
@@ -94,7 +87,7 @@ class Memory:
         there = {kind: len(stack) for kind, stack in self.stacks.items()}
         if counts == there and columns <= self.room and {like.dtype} == {s.dtype for s in self.stacks.values()}:
             return
-        self.forget()  # before what they read is gone
+        self.recorded.forget()  # before what they read is gone
         self.stacks = {}
         room = max(FEWEST, 1 << (columns - 1).bit_length()) + 1
         with torch.inference_mode(False):  # what was made within could not be written to without

@@ -124,8 +124,9 @@ def _solved(trees: Sequence[SparseTree]) -> Floats:
 
 def _best_tree(accuracy: Floats, values: Floats, rows: int, ensemble: int) -> SparseTree:
     """Of every number of candidates, the best paths and the best prompt tokens for the rows left; the best of these."""
-    ranks = [np.arange(accuracy.shape[1])] * len(accuracy)
-    full = TokenTree.product(0, ranks, list(np.log(np.clip(accuracy, 1e-6, 1.0))), rows)
+    ranks = np.argsort(-accuracy, kind="stable")
+    claims = np.log(np.clip(np.take_along_axis(accuracy, ranks, axis=1), 1e-6, 1.0))
+    full = TokenTree.product(0, list(ranks), list(claims), rows)
     order = np.argsort(-full.log_probs, kind="stable")
     best, most = None, -np.inf
     for size in range(1, min(len(full), rows) + 1):

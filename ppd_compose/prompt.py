@@ -27,7 +27,7 @@ from .paired import digest_of
 from .peft_method import adapter_in
 from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
-from .replayed import Attempts, Lending, Lendings, Replayed
+from .replayed import Lending, Lendings, Recorded, Replayed
 from .step import Answer, Step
 from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
@@ -208,7 +208,7 @@ class PromptTokens(Shared):
         what = "guesses of prompt tokens"
         return self._lendings.of(
             model, (device, record is None),
-            lambda: lambda: Replayed(guesses, device, record and Attempts(record, what)),
+            lambda: lambda: Replayed(guesses, device, record and Recorded(record, what)),
         )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:
 def marginal_gains(accuracy: Floats, nodes: int) -> Floats:
     """f(k) - f(k - 1) for k = 1 ... n `[n]`, where f(k) is what the best tree of `nodes` candidates is expected to
     yield from k distances, each guessed on its own (PPD section 4, the price of removing a prompt token)."""
-    claims = np.log(np.clip(accuracy, 1e-6, 1.0)).tolist()
+    claims = np.log(np.clip(-np.sort(-accuracy), 1e-6, 1.0)).tolist()  # of guesses, the likeliest first
     ranks = [list(range(len(row))) for row in claims]
     expected = [
         float(np.exp(TokenTree.product(0, ranks[:k], claims[:k], nodes + 1).log_probs[1:]).sum())

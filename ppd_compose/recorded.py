@@ -22,12 +22,11 @@ from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
 from .mask import attention_mask
 from .recorders import RECORDERS
-from .replayed import Attempts
+from .replayed import Recorded
 from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
 BLOCK = 256  # columns that a forward sees beyond those that count, at most, or a quarter
-MOST = 64  # recordings over one memory: each holds the logits of its rows
 
 
 def can_record(model: Any) -> bool:
@@ -58,10 +57,10 @@ class Told:
     """What a forward of fixed size is told anew each time: whole numbers, in one copy to the device."""
 
     numbers: Tensor  # int64, all of them, one behind the other
-    begin: int  # how many columns counted when it was made
+    begin: int  # columns that all rows see, but for those in front
     rows: int
-    own: int
-    front: int
+    own: int  # columns behind these, each seen by some rows; the last of them are the rows' own
+    front: int  # columns before all others, each seen by some rows
 
     @classmethod
     def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools) -> Told:
@@ -104,6 +103,7 @@ class Said(NamedTuple):
 
     logits: Tensor  # [1, rows, vocab]
     hidden_states: tuple[Tensor, ...] | None  # by layer [1, rows, hidden], where asked for
+    picks: Tensor  # int64 [rows], the likeliest token after each
 
 
 @dataclass
@@ -122,19 +122,24 @@ class Recordings:
         self.free: list[Memory] = []  # of no generation at the moment
 
     @contextmanager
-    def lent(self, model: Any, cache: Cache, visible: Tensor) -> Iterator[None]:
+    def lent(self, model: Any, cache: Cache, visible: Tensor, given_back: bool = True) -> Iterator[None]:
         """Within, the layers of `cache`, which are all written in place, lie in a memory that stays.
 
         Args:
             visible: bool `[tokens]`, which of those that are cached are no padding.
+            given_back: whether somebody reads `cache` afterwards.
         """
         memory = self._memory(model)
         try:
             memory.take_in(cache, visible)
             yield
         finally:
-            memory.give_back(cache)
-            self.free.append(memory)
+            try:
+                if given_back:
+                    memory.give_back(cache)
+            finally:
+                memory.cache = None
+                self.free.append(memory)
 
     def _memory(self, model: Any) -> Memory:
         """One that is free. Those for which what was recorded no longer holds are let go."""
@@ -143,7 +148,7 @@ class Recordings:
         with suppress(IndexError):  # and not by asking before: another thread may take the last one
             return self.free.pop()
         make = partial(RECORDERS[model.device.type], model.device)
-        return Memory(Attempts(make, f"forwards of {type(model).__name__}"), facts)
+        return Memory(Recorded(make, f"forwards of {type(model).__name__}"), facts)
 
 
 def play(
@@ -160,17 +165,13 @@ def play(
         wanted: more keyword arguments of the forward.
     """
     key = told.rows, told.own, told.front, seen(told.columns), *((k, _fixed(wanted[k])) for k in sorted(wanted))
-    recording = memory.recordings.get(key)
-    if recording is None:
-        if len(memory.recordings) == MOST:
-            memory.forget()
-        recording = memory.recordings[key] = _recorded(model, memory, told, embed, wanted)
+    recording = memory.recorded.kept(key, partial(_made, model, memory, told, embed, wanted))
     recording.told.numbers.copy_(told.numbers, non_blocking=True)
     recording.embeddings.copy_(embed(recording.told.words))
     return recording.play()
 
 
-def _recorded(
+def _made(
     model: Any, memory: Memory, told: Told, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> Recording:
     """The forward of the size of `told`, recorded."""
@@ -181,7 +182,7 @@ def _recorded(
     mine.numbers.copy_(now.numbers)
     held.copy_(embeddings)
     run = partial(_forward, model, memory, mine, held, seen(told.columns), wanted)
-    return Recording(mine, held, memory.record(run))
+    return Recording(mine, held, memory.recorded.player(run))
 
 
 def _forward(
@@ -203,7 +204,7 @@ def _forward(
         return_dict=True,
         **wanted,
     )
-    return Said(out.logits, out.hidden_states)
+    return Said(out.logits, out.hidden_states, out.logits[0].argmax(-1))
 
 
 def _fixed(value: Any) -> Hashable:

@@ -6,7 +6,7 @@ Knows the rules by which torch records them. Does not know what is recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -27,13 +27,15 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool: Any = None
+        self.never_wait: set[Any] = set()  # functions, as was seen
 
     def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Record `run`, which may read and write nothing but tensors that stay, and never wait for the device.
 
         Raises `RuntimeError` where it does wait, before anything is recorded: a recording that breaks off would leave
-        torch's allocator in disorder.
+        torch's allocator in disorder. That is seen once of each function, whatever the sizes that it is given.
         """
+        function = _function_of(run)
         with _one_at_a_time, torch.cuda.device(self.stream.device):
             now = torch.cuda.current_stream()
             self.stream.wait_stream(now)
@@ -41,8 +43,9 @@ class CudaGraphs:
                 with torch.cuda.stream(self.stream):
                     for _ in range(WARM):
                         run()
-                    with _refusing_to_wait():
+                    with nullcontext() if function in self.never_wait else _refusing_to_wait():
                         run()
+                    self.never_wait.add(function)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     out = run()
@@ -58,9 +61,15 @@ class CudaGraphs:
         return play
 
 
+def _function_of(run: Any) -> Any:
+    """What `run` calls, without what it is given and whose it is."""
+    function = getattr(run, "func", run)
+    return getattr(function, "__func__", function)
+
+
 @contextmanager
 def _refusing_to_wait() -> Iterator[None]:
-    """Within, whoever waits for the device gets a `RuntimeError`, in other threads too."""
+    """Within, whoever waits for the device gets a `RuntimeError`: in other threads too, so it is seldom."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

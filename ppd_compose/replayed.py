@@ -1,6 +1,7 @@
 """Functions of tensors, recorded once for each of their shapes and played again; what a sequence has to itself.
 
-Knows shapes and whose the answers are. Does not know what is computed, or how a device records.
+Knows shapes, whose the answers are, and what is let go together. Does not know what is computed, or how a device
+records.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from .recorders import Recorder
 
 Thing = TypeVar("Thing")
 
-MOST = 64  # recordings of one function
+MOST = 64  # recordings that go together: each holds what it gives
 
 
-class Attempts:
-    """A recorder that gives up with a word: what cannot be recorded is computed anew each time.
+class Recorded:
+    """What one recorder has recorded, all of which is let go together; what cannot be recorded is computed anew each
+    time, with a word.
 
     Args:
         make: makes a recorder.
@@ -32,13 +34,23 @@ class Attempts:
 
     def __init__(self, make: Callable[[], Recorder], what: str) -> None:
         self.make, self.what, self.works = make, what, True
-        self.renew()
+        self.forget()
 
-    def renew(self) -> None:
-        """Let go of what the recordings made so far share, once these are gone."""
+    def forget(self) -> None:
+        """Let go of all recordings, and of what they share."""
+        self.recordings: dict[Hashable, Any] = {}
         self.record = self.make()
 
-    def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
+    def kept(self, key: Hashable, made: Callable[[], Thing]) -> Thing:
+        """The recording of `key`, which is `made` the first time."""
+        if key not in self.recordings:
+            if len(self.recordings) == MOST:
+                self.forget()
+            self.recordings[key] = made()
+        recording: Thing = self.recordings[key]
+        return recording
+
+    def player(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """What does again what `run` does, on the same tensors."""
         if self.works:
             try:
@@ -66,37 +78,37 @@ class Replayed:
     Args:
         run: also takes, by keyword, what a recording takes for given.
         device: where it computes; what is given may be on the host.
-        record: None launches it anew each time.
+        recorded: where its recordings are kept; None launches it anew each time.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device, record: Attempts | None) -> None:
-        self.run, self.device, self.record = run, device, record
-        self.recordings: dict[Hashable, _Recording] = {}
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device, recorded: Recorded | None) -> None:
+        self.run, self.device, self.recorded = run, device, recorded
 
     def __call__(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """What `run` gives."""
-        if self.record is None:
+        if self.recorded is None:
             return self.launched(*given, **fixed)
-        key = (*((tensor.shape, tensor.dtype) for tensor in given), *sorted(fixed.items()))
-        recording = self.recordings.get(key)
-        if recording is None:
-            if len(self.recordings) == MOST:
-                self.recordings.clear()
-            recording = self.recordings[key] = self._recorded(self.record, given, fixed)
+        key = (id(self), *((tensor.shape, tensor.dtype) for tensor in given), *sorted(fixed.items()))
+        recording = self.recorded.kept(key, partial(self._made, self.recorded, given, fixed))
         for mine, theirs in zip(recording.given, given, strict=True):
-            mine.copy_(theirs, non_blocking=True)
+            mine.copy_(theirs, non_blocking=self._waits_by_itself)
         return tuple(told.clone() for told in recording.play())
 
     def launched(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """The same, and nothing is recorded: for shapes that are not met again."""
-        return self.run(*(tensor.to(self.device, non_blocking=True) for tensor in given), **fixed)
+        return self.run(*(tensor.to(self.device, non_blocking=self._waits_by_itself) for tensor in given), **fixed)
 
-    def _recorded(self, record: Attempts, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _Recording:
+    @property
+    def _waits_by_itself(self) -> bool:
+        """Whether a copy from the host has read all of it before the host goes on, though it need not wait."""
+        return self.device.type == "cuda"
+
+    def _made(self, recorded: Recorded, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _Recording:
         with torch.inference_mode(False):  # what was made within could not be written to without
             mine = tuple(torch.empty_like(tensor, device=self.device) for tensor in given)
         for tensor, theirs in zip(mine, given, strict=True):
             tensor.copy_(theirs)
-        return _Recording(mine, record(partial(self.run, *mine, **fixed)))
+        return _Recording(mine, recorded.player(partial(self.run, *mine, **fixed)))
 
 
 class Lending(Generic[Thing]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,10 +59,10 @@ class TokenTree:
         for words, claims in zip(tokens, log_probs, strict=True):
             # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
             costs, words = levels[-1][2], np.asarray(words)
-            paid = (costs[:, None] - np.asarray(claims)).ravel()
+            above, rank = _in_reach(len(costs), words.size, size)
+            paid = costs[above] - np.asarray(claims)[rank]
             best = paid.argsort(kind="stable")[:size]
-            above, rank = np.divmod(best, words.size)
-            levels.append((words[rank], offset + above, paid[best]))
+            levels.append((words[rank[best]], offset + above[best], paid[best]))
             offset += len(costs)
         words, parents, costs = (np.concatenate(column) for column in zip(*levels, strict=True))
         # Stable, and a parent stands before its children: of equals it is taken first.
@@ -139,6 +139,14 @@ class Appended:
         parents = at[self.parents[rows]]
         kinds, hung, gains = self.kinds[rows], at[self.nodes[rows]], self.gains[rows]
         return Appended(self.embeddings, kinds, parents, hung, gains, self.source)
+
+
+@lru_cache
+def _in_reach(nodes: int, ranks: int, size: int) -> tuple[Ints, Ints]:
+    """Of nodes and ranks, each in order of what they cost, those pairs `[pairs]` that can be among the `size` cheapest:
+    of an earlier node with an earlier rank none costs more."""
+    above, rank = (np.outer(np.arange(1, nodes + 1), np.arange(1, ranks + 1)) <= size).nonzero()
+    return above, rank
 
 
 def renumber(kept: Ints, size: int) -> Ints:

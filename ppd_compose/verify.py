@@ -59,6 +59,7 @@ class Verified:
     appended: list[Tensor]  # of each block [rows, vocab]
     hidden_states: dict[int, Tensor]  # by layer [rows of the forward, hidden], those asked for
     rows: int = 1  # of the forward: all of them are in the cache after it
+    picks: list[int] | None = None  # the likeliest token after each node, where the forward told that
 
 
 def verify(
@@ -88,7 +89,8 @@ def verify(
     own = torch.clone if memory else torch.detach
     logits, *answers = own(out.logits[0, : sum(sizes)]).split(sizes)
     states = {layer: own(told) for layer, told in states_of(out, layers).items()}
-    return Verified(logits, list(answers), states, len(rows))
+    picks = out.picks[: len(tree)].tolist() if memory else None
+    return Verified(logits, list(answers), states, len(rows), picks)
 
 
 def wait(model: Any) -> None:

@@ -23,7 +23,7 @@ from ppd_compose import compose, fixed, forward, hookimpl, recorded, recorders
 from ppd_compose import replayed as replayed_module
 from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.cache import GENERATE_NAME
-from ppd_compose.replayed import Attempts, Replayed
+from ppd_compose.replayed import Recorded, Replayed
 
 
 class Tape(TorchDispatchMode):
@@ -51,11 +51,21 @@ class Tape(TorchDispatchMode):
         return play
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten._local_scalar_dense.default:
+        if operation in WAITS or any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in _indices(operation, args)
+        ):
             raise RuntimeError("the device is not to be waited for")
         out = operation(*args, **(kwargs or {}))
         self.steps.append((operation, args, kwargs or {}, out))
         return out
+
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
+
+
+def _indices(operation, args):
+    return args[1] if operation in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) else ()
 
 
 def _write(new, before):
@@ -158,14 +168,9 @@ def test_what_drafters_compute_is_recorded_too_and_is_the_same(name, taped, monk
 
 def drafted(drafter):
     """Recordings of what `drafter` computes by itself."""
-    return [key for run in replayed(drafter) for key in run.recordings]
-
-
-def replayed(drafter):
     things = [thing for _, lending in drafter._lendings.by_model.values() for thing in lending.free]
     runs = [run for thing in things for run in (thing, *vars(thing).values()) if isinstance(run, Replayed)]
-    assert runs
-    return runs
+    return [key for run in runs if run.recorded for key in run.recorded.recordings]
 
 
 class Proposed:
@@ -230,6 +235,22 @@ def test_each_answer_has_a_drafter_s_recordings_to_itself(name, taped):
     assert len(lending.free) == 2
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_drafter_that_was_made_ready_in_inference_mode_and_not_asked_serves_without_it(compile, taped):
+    base = tiny()
+    model = compose(base, eagle(), budget=16, compile=compile)
+    with torch.inference_mode():
+        answer(model, tokens=1)
+    assert torch.equal(answer(model), answer(base))
+
+
+def test_a_draft_head_keeps_no_keys_of_an_answer_that_has_ended_where_nothing_is_recorded():
+    base, drafter = tiny(), eagle()
+    assert torch.equal(answer(compose(base, drafter, budget=16)), answer(base))
+    ((_, lending),) = drafter._lendings.by_model.values()
+    assert [held.keys for held in lending.free] == [None]
+
+
 def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(monkeypatch):
     monkeypatch.setattr(replayed_module, "MOST", 3)
     ran = []
@@ -238,7 +259,8 @@ def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(
         ran.append(1)
         return (a * factor + b,)
 
-    double = Replayed(run, torch.device("cpu"), Attempts(lambda: Tape("cpu"), "sums"))
+    recorded = Recorded(lambda: Tape("cpu"), "sums")
+    double = Replayed(run, torch.device("cpu"), recorded)
     kept = []
     for size in (1, 2, 3, 1, 2, 3):
         for factor in (2, 3):
@@ -246,7 +268,7 @@ def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(
             (told,) = double(a, b, factor=factor)
             kept.append((told, a * factor + b))
     assert all(torch.equal(told, expected) for told, expected in kept)
-    assert len(double.recordings) <= 3
+    assert len(recorded.recordings) <= 3
     before = len(ran)
     double(a, b, factor=3)
     assert len(ran) == before
@@ -262,7 +284,7 @@ def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
         assert torch.equal(answer(model, tokens=100), want)
     (memory,) = model.forwards.recordings.free
     assert memory.room == 128
-    assert {columns for _, _, _, columns, *_ in memory.recordings} > {112}
+    assert {columns for _, _, _, columns, *_ in memory.recorded.recordings} > {112}
 
 
 def test_a_chat_goes_on_from_a_cache_that_later_answers_leave_alone(taped):
@@ -340,7 +362,7 @@ def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped
     with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
         assert torch.equal(answer(model), answer(base))
     (memory,) = model.forwards.recordings.free
-    assert not memory.record.works
+    assert not memory.recorded.works
     assert torch.equal(answer(model, tokens=60), answer(base, tokens=60))  # without another word
 
 
@@ -364,12 +386,12 @@ def test_hooks_of_the_user_are_run_at_every_forward(taped):
 
 
 def test_recordings_are_few(taped, monkeypatch):
-    monkeypatch.setattr(recorded, "MOST", 2)
+    monkeypatch.setattr(replayed_module, "MOST", 2)
     base = tiny()
     model = compose(base, with_prefix(base), MedusaHeads(random_heads()), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
     (memory,) = model.forwards.recordings.free
-    assert 1 <= len(memory.recordings) <= 2
+    assert 1 <= len(memory.recorded.recordings) <= 2
 
 
 @pytest.mark.parametrize("after", [1, 2, 7])
@@ -475,4 +497,4 @@ def test_cuda_graphs_give_the_tokens_of_the_base(family):
                 ids = prompt(seed=seed).cuda()
                 assert torch.equal(answer(model, ids, tokens), answer(base, ids, tokens))
     (memory,) = model.forwards.recordings.free
-    assert len(memory.recordings) > 2
+    assert len(memory.recorded.recordings) > 2

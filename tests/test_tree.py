@@ -1,5 +1,7 @@
 """Candidate trees: built, merged, cut; and who sees whom."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,20 @@ def test_product_takes_the_likeliest_paths():
     expected = {(9,): 1.0, (9, 1): 0.6, (9, 1, 3): 0.3, (9, 2): 0.3, (9, 1, 4): 0.24}
     assert {path: pytest.approx(np.exp(claim)) for path, claim in paths(tree).items()} == expected
     assert np.all(np.diff(tree.log_probs) <= 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_product_takes_the_likeliest_of_all_paths(seed):
+    """Against every path there is, many of which claim the same."""
+    dice = np.random.default_rng(seed)
+    depths, ranks, size = (int(dice.integers(1, most)) for most in (5, 7, 40))
+    claims = -np.sort(dice.integers(0, 6, (depths, ranks)), axis=1) / 4
+    tree = TokenTree.product(9, [np.arange(ranks)] * depths, list(claims), size)
+    every = [sum(path) for depth in range(depths + 1) for path in itertools.product(*claims[:depth])]
+    assert sorted(paths(tree).values()) == sorted(every)[-size:]
+    assert all(
+        sum(claims[at, word] for at, word in enumerate(path[1:])) == claim for path, claim in paths(tree).items()
+    )
 
 
 def test_product_of_no_distances_is_the_bare_root():

@@ -21,7 +21,7 @@ from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.recorded import Recordings
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Attempts, Lending, Lendings, Replayed
+from ppd_compose.replayed import Lending, Lendings, Recorded, Replayed
 
 from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
 from .fitting import compare_vocabularies, refuse_draft
@@ -181,7 +181,7 @@ class DraftModel(Shared):
         device, what = self.model.device, "guesses of a draft model"
         return self._lendings.of(
             self.model, (device, record is None),
-            lambda: lambda: Replayed(best_guesses, device, record and Attempts(record, what)),
+            lambda: lambda: Replayed(best_guesses, device, record and Recorded(record, what)),
         )  # fmt: skip
 
     def _usual_forwards(self) -> int:
@@ -212,7 +212,7 @@ class DraftModel(Shared):
 
 def _lend(ending: ExitStack, recordings: Recordings, model: PreTrainedModel, cache: Cache, visible: Tensor) -> None:
     """Let `cache` lie in memory of `recordings` until the sequence ends."""
-    ending.enter_context(recordings.lent(model, cache, visible))
+    ending.enter_context(recordings.lent(model, cache, visible, given_back=False))
 
 
 def _writes(model: PreTrainedModel) -> int:

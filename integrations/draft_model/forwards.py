@@ -76,7 +76,9 @@ class Forwards:
 
     def lie_still(self) -> None:
         """Let the KV cache, which holds tokens and no guesses now, lie where forwards are recorded, if any are."""
-        if self.lend is not None and memory_of(self.cache) is None:
+        layers: list[Any] = list(self.cache.layers)
+        lengths = {layer.get_seq_length() for layer in layers}  # one, but in models that pass layers by
+        if self.lend is not None and memory_of(self.cache) is None and len(lengths) == 1:
             lay_in_place(self.cache)
             self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool))
 

@@ -127,6 +127,7 @@ class EagleHead(Shared):
         layers = self.hidden_layers(model)
         first = len(step.ids) - len(step.hidden_states[layers[0]])
         kept = step.ending.enter_context(self._ready(model).lent())
+        step.ending.callback(kept.clear)
         memory = step.memory[self] = Memory(DraftRows(kept, first), layers)
         memory.learn(step)
 

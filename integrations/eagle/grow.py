@@ -89,8 +89,9 @@ def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
     for depth in range(1, int(depths.max(initial=0)) + 1):
         at = np.flatnonzero(depths == depth)
         start, above = len(rows.see), tree.parents[at]
-        nodes = torch.from_numpy(at).to(feature.device)
-        feature[nodes], hidden[nodes] = rows.level(tree.tokens[at], above, feature, ran[above], depths[at])
+        nodes, given = torch.from_numpy(at).to(feature.device), feature[torch.from_numpy(above).to(feature.device)]
+        made = rows.level(tree.tokens[at], np.arange(len(at)), given, ran[above], depths[at])
+        feature[nodes], hidden[nodes] = made
         ran[at] = np.arange(start, start + len(at))
     at = np.setdiff1d(np.arange(len(tree)), tree.parents)
     # Rounded down, so that no child claims more than its parent did.

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ppd_compose.recorded import MANY, padded, seen
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Attempts, Replayed
+from ppd_compose.replayed import Recorded, Replayed
 from ppd_compose.top import best_tokens, for_host, on_host
 from ppd_compose.tree import Bools, Ints
 
@@ -35,17 +35,22 @@ class Kept:
     """
 
     def __init__(self, parts: Parts, record: Callable[[], Recorder] | None = None) -> None:
-        self.parts, self.record = parts, record and Attempts(record, "forwards of an EAGLE head")
-        self.keys = self.values = torch.zeros(0, 0, 0)  # [kv heads, room, head_dim]
+        self.parts, self.recorded = parts, record and Recorded(record, "forwards of an EAGLE head")
+        self.keys: Tensor | None = None  # [kv heads, room, head_dim]
+        self.values: Tensor | None = None
         runs = self._pairs, self._candidates, self._children
         self.run_pairs, self.run_candidates, self.run_children = (
-            Replayed(run, parts.device, self.record) for run in runs
+            Replayed(run, parts.device, self.recorded) for run in runs
         )
 
     def clear(self) -> None:
-        """Hold nothing: a hidden column counts nothing only where it holds a number."""
-        self.keys.zero_()
-        self.values.zero_()
+        """Hold nothing of a sequence that has ended."""
+        if self.recorded is None:
+            self.keys = self.values = None
+        elif self.keys is not None and self.values is not None:
+            # A hidden column counts nothing only where it holds a number.
+            self.keys.zero_()
+            self.values.zero_()
 
     def pairs(self, first: int, at: int, tokens: Sequence[int], features: Tensor) -> Drafted:
         """Run pairs at the columns from `at` on, position `first` being that of column 0; what the last of them gives
@@ -55,12 +60,12 @@ class Kept:
             tokens: of the pairs.
             features: `[pairs, hidden]`.
         """
-        few = self.record is not None and len(tokens) <= MANY
+        few = self.recorded is not None and len(tokens) <= MANY
         idle = padded(len(tokens)) - len(tokens) if few else 0
-        last = at + len(tokens) - 1
-        columns = self._room(features, last + 1 + idle, few)
+        end = at + len(tokens)
+        shown = self._room(features, end + idle, few)
         numbers = _whole([first, at, len(tokens) - 1], tokens, [0] * idle)
-        see = torch.from_numpy(np.arange(columns)[None] <= last)
+        see = torch.from_numpy(np.arange(shown)[None] < end)
         run = self.run_pairs if few else self.run_pairs.launched
         return Drafted(*run(pad(features, (0, 0, 0, idle)) if idle else features, numbers, see))
 
@@ -79,7 +84,7 @@ class Kept:
         """
         rows, own = see.shape
         end = begin + own
-        every = np.zeros((rows, self._room(features, end, self.record is not None)), bool)
+        every = np.zeros((rows, self._room(features, end, self.recorded is not None)), bool)
         every[:, :begin], every[:, begin:end] = True, see
         numbers = _whole([end - rows], tokens, above, positions)
         return Drafted(*self.run_candidates(features, numbers, torch.from_numpy(every)))
@@ -114,36 +119,38 @@ class Kept:
         return for_host(log_probs.clamp(max=0.0), best if known is None else known[best])
 
     def _write(self, places: Tensor, rows: Rows, rope: Rope) -> None:
-        keys, values = self.parts.network.remember(rows, rope)
-        self.keys.index_copy_(1, places, keys)
-        self.values.index_copy_(1, places, values)
+        for held, new in zip(self._held(), self.parts.network.remember(rows, rope), strict=True):
+            held.index_copy_(1, places, new)
 
     def _over(self, see: Tensor, rows: Rows, rope: Rope) -> tuple[Tensor, ...]:
-        columns = see.shape[1]
-        told: Drafted = self.parts.network(rows, rope, self.keys[:, :columns], self.values[:, :columns], see)
+        keys, values = (held[:, : see.shape[1]] for held in self._held())
+        told: Drafted = self.parts.network(rows, rope, keys, values, see)
         return told
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def _room(self, like: Tensor, columns: int, few: bool) -> int:
         """How many columns the next forward is shown, `columns` of which may count: few numbers, where it is recorded,
         so that there are few recordings. Makes room for them."""
-        sees = seen(columns) if few else columns
-        if self.keys.shape[1] < sees:
-            self._grow(like, max(sees + SPARE, 2 * self.keys.shape[1]))
-        return sees
+        shown = seen(columns) if few else columns
+        if (room := 0 if self.keys is None else self.keys.shape[1]) < shown:
+            self._grow(like, max(shown + SPARE, 2 * room))
+        return shown
 
     def _grow(self, like: Tensor, room: int) -> None:
         """Move to larger memory; nothing that was recorded holds then."""
-        for run in (self.run_pairs, self.run_candidates, self.run_children):
-            run.recordings.clear()
-        if self.record is not None:
-            self.record.renew()
-        old = self.keys, self.values
+        old: list[Tensor] = [] if self.keys is None else list(self._held())
+        if self.recorded is not None:
+            self.recorded.forget()
         attention: Any = self.parts.network.layer.self_attn
+        new = like.new_empty if self.recorded is None else like.new_zeros
         with torch.inference_mode(False):  # what was made within could not be written to without
-            self.keys, self.values = (like.new_zeros(attention.kv_heads, room, attention.dim) for _ in old)
-        for mine, theirs in zip((self.keys, self.values), old, strict=True):
-            if theirs.numel():
-                mine[:, : theirs.shape[1]] = theirs
+            self.keys, self.values = (new(attention.kv_heads, room, attention.dim) for _ in range(2))
+        for mine, theirs in zip(self._held(), old, strict=False):
+            mine[:, : theirs.shape[1]] = theirs
 
 
 def _row(tensor: Tensor, at: Tensor) -> Tensor:

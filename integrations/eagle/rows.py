@@ -23,13 +23,12 @@ class DraftRows:
     """Accepted pairs, which stay, and candidates, whose place the next accepted pairs take.
 
     Args:
-        kept: the head at work, of no other sequence meanwhile.
+        kept: the head at work, of no other sequence meanwhile, holding nothing.
         first: position of the first pair; those before it were in the base's KV cache already.
     """
 
     def __init__(self, kept: Kept, first: int) -> None:
         self.kept, self.parts, self.first, self.accepted = kept, kept.parts, first, 0
-        kept.clear()
         # Of accepted positions that were not run yet: features, and of the latest the hidden states to make them of.
         self.features: list[Tensor] = []
         self.pending: list[list[Tensor]] = []

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Attempts, Replayed
+from ppd_compose.replayed import Recorded, Replayed
 from ppd_compose.top import best_tokens, for_host
 
 from .heads import Placed
 
 
 class Running:
-    """Heads ready to run beside one base.
+    """Heads ready to run beside one base, for one sequence at a time.
 
     Args:
         placed: the heads.
@@ -28,9 +28,8 @@ class Running:
 
     def __init__(self, placed: Placed, width: int, record: Callable[[], Recorder] | None) -> None:
         self.placed, self.width, self.token_map = placed, width, placed.heads.token_map
-        attempts, device = record and Attempts(record, "forwards of Medusa heads"), placed.heads.weight.device
-        self.guesses = Replayed(self._guesses, device, attempts)  # hidden states [1, hidden] -> see there
-        self.reread = Replayed(self._reread, device, attempts)
+        recorded, device = record and Recorded(record, "forwards of Medusa heads"), placed.heads.weight.device
+        self.guesses, self.reread = (Replayed(run, device, recorded) for run in (self._guesses, self._reread))
 
     def _guesses(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Logarithms of chances and tokens `[heads, width]`, `for_host`, after `hidden` `[1, hidden]`."""
