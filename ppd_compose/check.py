@@ -57,7 +57,7 @@ def _tree_faults(tree: TokenTree, root: int, vocab_size: int) -> Iterator[str]:
             yield f"node {node} claims log-probability {claim}: it must be a number of at most 0"
         if node and claim > claims[parent] + ALMOST:
             yield f"node {node} claims more than its parent: log_probs are those of the whole path"
-    if len(tree.places) < len(tree):
+    if len(set(zip(parents, tokens, strict=True))) < len(tree):
         yield "two children of one node hold the same token"
 
 

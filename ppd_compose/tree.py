@@ -76,7 +76,7 @@ class TokenTree:
         """The same tree, every node but the root proposed by `sources`."""
         marks = np.full(len(self), sources, np.int64)
         marks[0] = 0
-        return replace(self, sources=marks)
+        return TokenTree(self.tokens, self.parents, self.log_probs, marks)
 
     def marked_beyond(self, known: TokenTree, sources: int) -> TokenTree:
         """The same tree, proposed by `sources` where a node is marked or its path is not in `known`; never the root."""
@@ -93,13 +93,8 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`."""
-        (found,) = ((self.parents == node) & (self.tokens == token)).nonzero()
-        return int(found[0]) if len(found) else None
-
-    @cached_property
-    def places(self) -> dict[int, int]:
-        """Every node, by its parent and token, the former times `SPREAD`."""
-        return {key: node for node, key in enumerate((self.parents * SPREAD + self.tokens).tolist())}
+        (found,) = (self.tokens == token).nonzero()
+        return next((at for at in found.tolist() if self.parents[at] == node), None)
 
     @cached_property
     def chances(self) -> Floats:
@@ -228,7 +223,7 @@ def ancestors(parents: Ints) -> Bools:
 
 def joined(trees: Sequence[TokenTree]) -> tuple[Ints, Ints, list[Ints]]:
     """Tokens and parents `[nodes]` of every path of `trees` once, and for each tree where its nodes are there."""
-    index: dict[int, int] = {}  # as `TokenTree.places`
+    index: dict[int, int] = {}  # every node, by its token and its parent times `SPREAD`
     places = []
     for tree in trees:
         at: list[int] = []
