@@ -76,11 +76,12 @@ class Forwards:
 
     def lie_still(self) -> None:
         """Let the KV cache, which holds tokens and no guesses now, lie where forwards are recorded, if any are."""
+        if self.lend is None or memory_of(self.cache) is not None:
+            return
         layers: list[Any] = list(self.cache.layers)
-        lengths = {layer.get_seq_length() for layer in layers}  # one, but in models that pass layers by
-        if self.lend is not None and memory_of(self.cache) is None and len(lengths) == 1:
+        if len({layer.get_seq_length() for layer in layers}) == 1:  # but in models that pass layers by
             lay_in_place(self.cache)
-            self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool))
+            self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool, device="cpu"))
 
     def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, told: int) -> Tensor:
         keep: dict[str, Any] = {"logits_to_keep": told} if self._keeps_logits else {}
