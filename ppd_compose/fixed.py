@@ -6,7 +6,7 @@ Knows where each layer's lie, and how many columns there is room for. Does not k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,10 @@ class Memory:
 
     Args:
         recorded: keeps these recordings.
-        facts: what they take for given.
     """
 
-    def __init__(self, recorded: Recorded, facts: Hashable) -> None:
-        self.recorded, self.facts = recorded, facts
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded = recorded
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
         self.cache: Any = None  # whose layers these are at the time

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .paired import digest_of
 from .peft_method import adapter_in
 from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
-from .replayed import Lending, Lendings, Recorded, Replayed
+from .replayed import Lending, Lendings, Replayed
 from .step import Answer, Step
 from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
@@ -205,11 +205,8 @@ class PromptTokens(Shared):
     def _guessing(self, model: PreTrainedModel) -> Lending[Replayed]:
         """`guesses` of what the prompt tokens say in `model`, made once while forwards are computed in the same way."""
         device, record = model.device, recorder_of(model)
-        what = "guesses of prompt tokens"
-        return self._lendings.of(
-            model, (device, record is None),
-            lambda: lambda: Replayed(guesses, device, record and Recorded(record, what)),
-        )  # fmt: skip
+        ready = partial(Replayed.alone, guesses, device, record, "guesses of prompt tokens")
+        return self._lendings.of(model, (device, record is None), lambda: ready)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ Knows sizes and what a recording reads. Does not know trees, or how a device rec
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
 from .mask import attention_mask
 from .recorders import RECORDERS
-from .replayed import Recorded
+from .replayed import Lendings, Recorded
 from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
@@ -119,7 +119,7 @@ class Recordings:
     """The forwards of one composition that were recorded, each over a memory that stays."""
 
     def __init__(self) -> None:
-        self.free: list[Memory] = []  # of no generation at the moment
+        self.lendings: Lendings[Memory] = Lendings()
 
     @contextmanager
     def lent(self, model: Any, cache: Cache, visible: Tensor, given_back: bool = True) -> Iterator[None]:
@@ -129,26 +129,21 @@ class Recordings:
             visible: bool `[tokens]`, which of those that are cached are no padding.
             given_back: whether somebody reads `cache` afterwards.
         """
-        memory = self._memory(model)
-        try:
-            memory.take_in(cache, visible)
-            yield
-        finally:
+        lending = self.lendings.of(model, taken_for_given(model), lambda: partial(_memory, model.device, type(model)))
+        with lending.lent() as memory:
             try:
-                if given_back:
-                    memory.give_back(cache)
+                memory.take_in(cache, visible)
+                yield
             finally:
-                memory.cache = None
-                self.free.append(memory)
+                try:
+                    if given_back:
+                        memory.give_back(cache)
+                finally:
+                    memory.cache = None
 
-    def _memory(self, model: Any) -> Memory:
-        """One that is free. Those for which what was recorded no longer holds are let go."""
-        facts = taken_for_given(model)
-        self.free[:] = [memory for memory in self.free if memory.facts == facts]
-        with suppress(IndexError):  # and not by asking before: another thread may take the last one
-            return self.free.pop()
-        make = partial(RECORDERS[model.device.type], model.device)
-        return Memory(Recorded(make, f"forwards of {type(model).__name__}"), facts)
+
+def _memory(device: torch.device, kind: type) -> Memory:
+    return Memory(Recorded(partial(RECORDERS[device.type], device), f"forwards of {kind.__name__}"))
 
 
 def play(

@@ -84,6 +84,17 @@ class Replayed:
     def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device, recorded: Recorded | None) -> None:
         self.run, self.device, self.recorded = run, device, recorded
 
+    @classmethod
+    def alone(
+        cls,
+        run: Callable[..., tuple[Tensor, ...]],
+        device: torch.device,
+        record: Callable[[], Recorder] | None,
+        what: str,
+    ) -> Replayed:
+        """With recordings of its own, where a recorder is made: see `Recorded`."""
+        return cls(run, device, record and Recorded(record, what))
+
     def __call__(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """What `run` gives."""
         if self.recorded is None:

@@ -33,6 +33,14 @@ def test_every_state_has_a_tree_within_the_rows(rows, ensemble):
         assert tree.prompts.max() <= 3
 
 
+def test_the_likeliest_rank_need_not_be_the_first():
+    order = np.array([2, 0, 3, 1])
+    for mine, other in zip(sparse_trees(ACCURACY, 9), sparse_trees(ACCURACY[:, order], 9), strict=True):
+        assert other.shape.parents.tolist() == mine.shape.parents.tolist()
+        assert order[other.shape.tokens[1:]].tolist() == mine.shape.tokens[1:].tolist()
+        assert other.prompts.tolist() == mine.prompts.tolist()
+
+
 def test_more_rows_make_more_tokens():
     found = [long_run(sparse_trees(ACCURACY, rows)) for rows in (2, 4, 8, 16, 32, 64)]
     assert found == sorted(found)

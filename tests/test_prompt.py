@@ -6,7 +6,7 @@ import torch
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Step, TokenTree, compose, hookimpl
-from ppd_compose.ensemble import average
+from ppd_compose.ensemble import average, guesses
 from ppd_compose.prompt import marginal_gains
 from ppd_compose.top import _packed, best_tokens, for_host, on_host
 
@@ -95,6 +95,18 @@ def test_far_prompt_tokens_are_worth_little_where_few_guesses_are_verified():
     tokens = prompt_tokens(3)
     shares = [tokens.gains(rows)[1:].sum() / tokens.gains(rows).sum() for rows in (1, 4, 8, 64)]
     assert shares[0] == shares[1] < shares[2] < shares[3]
+
+
+def test_rows_of_a_distance_are_averaged_in_whatever_order_they_stand():
+    logits, order = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), [0, 2, 1, 3]
+    mine = guesses(logits, distances=(0, 0, 1, 1))
+    other = guesses(logits[order], distances=(0, 1, 0, 1))
+    assert all(torch.allclose(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_gains_do_not_hang_on_the_order_of_ranks():
+    accuracy = np.array([[0.5, 0.2, 0.1], [0.4, 0.1, 0.05]])
+    assert marginal_gains(accuracy[:, [2, 0, 1]], 4) == pytest.approx(marginal_gains(accuracy, 4))
 
 
 def test_gains_are_differences_of_expected_acceptance():

@@ -87,6 +87,11 @@ def taped(monkeypatch):
         yield
 
 
+def memories(model):
+    """Those of `model` that are of no generation at the moment."""
+    return [memory for _, lending in model.forwards.recordings.lendings.by_model.values() for memory in lending.free]
+
+
 def answer(model, ids=None, tokens=30, **more):
     ids = prompt() if ids is None else ids
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **more)
@@ -112,7 +117,7 @@ def test_windows_are_not_recorded(family, taped):
     base = tiny(family)
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
-    assert not model.forwards.recordings.free
+    assert not memories(model)
 
 
 def test_all_drafters_with_prefix_padding_and_chunks(taped):
@@ -144,7 +149,7 @@ def beside(base):
 
 
 @pytest.mark.parametrize("name", beside(tiny()))
-def test_what_drafters_compute_is_recorded_too_and_is_the_same(name, taped, monkeypatch):
+def test_what_drafters_compute_is_recorded_too_and_is_the_same(name, taped):
     """With and without an oracle, whose paths EAGLE grows and by which several tokens are taken up at a time."""
     base = tiny()
     how = {"max_new_tokens": 60, "do_sample": False}
@@ -282,7 +287,7 @@ def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
     model = compose(base, Oracle(want[0].tolist()), with_prefix(base), budget=12, compile=True)
     for _ in range(2):
         assert torch.equal(answer(model, tokens=100), want)
-    (memory,) = model.forwards.recordings.free
+    (memory,) = memories(model)
     assert memory.room == 128
     assert {columns for _, _, _, columns, *_ in memory.recorded.recordings} > {112}
 
@@ -328,7 +333,7 @@ def test_two_answers_at_once_do_not_share_memory(taped):
     asks = Asks()
     assert torch.equal(answer(model, stopping_criteria=[asks]), answer(base))
     assert torch.equal(asks.asked, answer(base, prompt(seed=5)))
-    assert len(model.forwards.recordings.free) == 2
+    assert len(memories(model)) == 2
 
 
 def test_weights_that_lie_elsewhere_are_recorded_anew_and_those_written_over_are_read(taped):
@@ -341,7 +346,7 @@ def test_weights_that_lie_elsewhere_are_recorded_anew_and_those_written_over_are
     assert torch.equal(answer(model), answer(base))
     model.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.flip(0))
     assert torch.equal(answer(model)[0, 12], (VOCAB - 1 - answer(base))[0, 12])
-    assert len(model.forwards.recordings.free) == 1
+    assert len(memories(model)) == 1
 
 
 def test_numbers_of_an_answer_that_are_none_spoil_no_later_one(taped):
@@ -361,7 +366,7 @@ def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
         assert torch.equal(answer(model), answer(base))
-    (memory,) = model.forwards.recordings.free
+    (memory,) = memories(model)
     assert not memory.recorded.works
     assert torch.equal(answer(model, tokens=60), answer(base, tokens=60))  # without another word
 
@@ -390,7 +395,7 @@ def test_recordings_are_few(taped, monkeypatch):
     base = tiny()
     model = compose(base, with_prefix(base), MedusaHeads(random_heads()), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
-    (memory,) = model.forwards.recordings.free
+    (memory,) = memories(model)
     assert 1 <= len(memory.recorded.recordings) <= 2
 
 
@@ -496,5 +501,5 @@ def test_cuda_graphs_give_the_tokens_of_the_base(family):
             for seed in range(3):
                 ids = prompt(seed=seed).cuda()
                 assert torch.equal(answer(model, ids, tokens), answer(base, ids, tokens))
-    (memory,) = model.forwards.recordings.free
+    (memory,) = memories(model)
     assert len(memory.recorded.recordings) > 2

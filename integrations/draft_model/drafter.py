@@ -21,7 +21,7 @@ from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.recorded import Recordings
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Lending, Lendings, Recorded, Replayed
+from ppd_compose.replayed import Lending, Lendings, Replayed
 
 from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
 from .fitting import compare_vocabularies, refuse_draft
@@ -178,11 +178,9 @@ class DraftModel(Shared):
 
     def _searching(self, record: Callable[[], Recorder] | None) -> Lending[Replayed]:
         """`best_guesses` on the draft model's device."""
-        device, what = self.model.device, "guesses of a draft model"
-        return self._lendings.of(
-            self.model, (device, record is None),
-            lambda: lambda: Replayed(best_guesses, device, record and Recorded(record, what)),
-        )  # fmt: skip
+        device = self.model.device
+        ready = partial(Replayed.alone, best_guesses, device, record, "guesses of a draft model")
+        return self._lendings.of(self.model, (device, record is None), lambda: ready)
 
     def _usual_forwards(self) -> int:
         if self.prompt_tokens is not None:
