@@ -47,7 +47,7 @@ def timed(model: Any, cache: Cache, context: int, tree: TokenTree) -> float:
     forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()
-    verified = verify(forward, cache, Context(torch.ones(context, dtype=torch.bool)), tree, (), {})
+    verified = verify(forward, cache, Context.of(torch.ones(context, dtype=torch.bool)), tree, (), {})
     seconds = time.perf_counter() - begin
     commit(cache, verified.rows, [])
     return seconds

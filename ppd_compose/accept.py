@@ -77,6 +77,9 @@ def _argmax(logits: Tensor) -> Callable[[int], int]:
     """Greedy picks in float32, as `generate` takes them: on the host only the rows asked for, on an accelerator all
     rows in one download."""
     if logits.device.type == "cpu":
+        if logits.dtype == torch.float32:
+            rows = logits.numpy()
+            return lambda node: int(rows[node].argmax())
         return lambda node: int(logits[node].float().numpy().argmax())  # numpy searches four times as fast
     picks = logits.float().argmax(-1).tolist()
     return lambda node: int(picks[node])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,16 +88,21 @@ class Budget:
         return self.rows[-1]
 
     def curve(self, context: int) -> Floats:
-        """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`."""
-        at = np.interp(context, self.contexts, np.arange(len(self.contexts)))
-        low, high = self._curves[int(at)], self._curves[min(int(at) + 1, len(self.contexts) - 1)]
-        curve: Floats = low + (at - int(at)) * (high - low)
+        """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`, to read."""
+        above = bisect_right(self.contexts, context)
+        low, high = max(above - 1, 0), min(above, len(self.contexts) - 1)
+        curve: Floats = self._curves[low]
+        if low < high:
+            share = (context - self.contexts[low]) / (self.contexts[high] - self.contexts[low])
+            curve = curve + share * (self._curves[high] - curve)
         return curve
 
     @cached_property
     def _curves(self) -> Floats:
         """The same `[contexts, max rows]`, at the contexts named."""
-        return np.stack([np.interp(np.arange(1, self.max_rows + 1), self.rows, row) for row in self.seconds])
+        curves = np.stack([np.interp(np.arange(1, self.max_rows + 1), self.rows, row) for row in self.seconds])
+        curves.flags.writeable = False  # these are handed out
+        return curves
 
     def corrected(self, ratios: Mapping[int, float]) -> Budget:
         """The same where forwards of some numbers of rows take `ratios` times what it says; between those numbers the
@@ -160,7 +166,7 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
 def _time_forward(model: PreTrainedModel, cache: DynamicCache, rows: int) -> float:
     """Seconds of one forward of a chain of `rows` below `cache`, which stays as it is."""
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
-    context = Context(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
+    context = Context.of(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
     forward = forward_of(model)
     wait(model)
     begin = time.perf_counter()

@@ -70,12 +70,12 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     sizes = {len(appended.kinds), len(appended.parents), len(appended.nodes), len(appended.gains)}
     if len(sizes) > 1:
         raise MalformedDraft(who, f"appended arrays of different lengths: {sorted(sizes)}")
-    if ((appended.parents < 0) | (appended.parents >= size + rows)).any():
-        raise MalformedDraft(who, "an appended row must hang from a tree node or an earlier appended row")
     if not len(appended):
         return appended
-    if appended.nodes.min() < 0 or appended.nodes.max() >= size:
-        raise MalformedDraft(who, "an appended row names a node that the tree does not have")
+    if appended.parents.min() < 0 or (appended.parents - rows).max() >= size:
+        raise MalformedDraft(who, "an appended row must hang from a tree node or an earlier appended row")
+    if (np.concatenate([np.arange(size), appended.nodes])[appended.parents] != appended.nodes).any():
+        raise MalformedDraft(who, "an appended row must name the tree node that its chain hangs from")
     if appended.kinds.min() < 0 or appended.kinds.max() >= len(appended.embeddings):
         raise MalformedDraft(who, f"kinds must index the {len(appended.embeddings)} embeddings")
     if not appended.gains.min() >= 0:

@@ -62,7 +62,7 @@ class Decoding:
         shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
         ids = request.ids[0][shown].tolist()
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
-        self.context = Context(request.visible[:-1].cpu())  # less the root, which the first commit adds
+        self.context = Context.of(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self.done = False
 
     def run(self) -> Tensor:

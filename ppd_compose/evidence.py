@@ -19,7 +19,7 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs,
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
-TOGETHER = 16  # steps are learnt from as many at a time as make up a sixteenth of all, and no more than these
+TOGETHER = 16  # steps are learnt from as many at a time as make up an eighth of all, and no more than these
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -109,7 +109,7 @@ class Evidence:
             return
         self.waiting.append((heard, step.ids[-len(step.path) :]))
         self.seen += 1
-        if len(self.waiting) >= min(TOGETHER, 1 + self.seen // 16):
+        if len(self.waiting) >= min(TOGETHER, 1 + self.seen // 8):
             self.settle()
 
     def settle(self) -> None:
@@ -141,7 +141,7 @@ class Evidence:
         features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
         features[:, 2:-1:4] = (mass > 0)[above] & ~named
         features[:, 3:-1:4] = named & (claims == highest[cells].reshape(claims.shape))
-        features[:, -1] = named.sum(1) > 1
+        features[:, -1] = named.sum(1) > 1 if claims.shape[1] > 1 else False
         return features
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:

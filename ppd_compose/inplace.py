@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 128  # tokens by which the memory grows
 
 
-@dataclass
+@dataclass(eq=False)
 class Extent:
     """How many columns the layers of a cache hold; what stands behind them is written over."""
 
@@ -150,7 +150,7 @@ def hide_front(cache: Cache, hidden: bool) -> None:
 
 
 def _extents(cache: Cache) -> list[Extent]:
-    return list({id(layer.extent): layer.extent for layer in in_place_layers(cache)}.values())
+    return list({layer.extent for layer in in_place_layers(cache)})
 
 
 def in_place_layers(cache: Cache) -> list[Any]:

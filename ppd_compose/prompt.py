@@ -183,7 +183,7 @@ class PromptTokens(Shared):
     def append(self, step: Step, tree: TokenTree) -> Appended:
         """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
-        gains = tree.stop_chances()[:, None] * np.repeat(self.gains(step.rows) / v, v)
+        gains = tree.stop_chances()[:, None] * (self.gains(step.rows) / v).repeat(v)
         kinds, parents, hung = (column.copy() for column in _below(nodes, n, v))  # the next caller gets the same
         return Appended(step.memory[self].embeddings, kinds, parents, hung, gains.ravel())
 

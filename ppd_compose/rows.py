@@ -15,7 +15,7 @@ import numpy as np
 from .asking import Asked
 from .hookspecs import hookimpl
 from .step import Step
-from .tree import Appended, Floats, Ints, TokenTree, cut, depth_first, stacked_parents
+from .tree import Appended, Floats, Ints, TokenTree, cut, likeliest_first, stacked_parents
 from .worth import Worth, added
 
 SIZES = np.array([1, *2 ** np.arange(2, 16)])  # rows of a forward, or all there are
@@ -90,7 +90,7 @@ class BestRows:
         sizes = _sizes(len(best))
         keep = best[: sizes[net[sizes - 1].argmax()]]
         keep.sort()
-        nodes = depth_first(tree, keep[keep < len(tree)])
+        nodes = likeliest_first(tree, keep[keep < len(tree)])
         fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
         self.worth.promise(step, riding, tree.stop_chances()[nodes])
         return fitted, riding

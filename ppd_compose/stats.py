@@ -17,7 +17,7 @@ from .forest import Committed, Forest
 from .step import Step
 
 TENTHS = 10  # of the chances that guesses claim, which are counted apart
-TOGETHER = 32  # steps whose nodes are counted at a time
+TOGETHER = 64  # steps whose nodes are counted at a time
 
 
 class _Stage:
@@ -40,7 +40,7 @@ class Stats:
     """Counts of one call of `generate`. Depth 1 is the first guessed token.
 
     Whoever looks while the call goes on sees `expected`, `candidates`, `accepted` and `claims` of all but the last
-    steps, fewer than 32.
+    steps, fewer than 64.
     """
 
     drafters: tuple[str, ...] = ()

@@ -136,6 +136,11 @@ class Appended:
         return Appended(self.embeddings, kinds, parents, hung, gains, self.source)
 
 
+def _most_below_a_node(rows: Appended) -> int:
+    """How many of `rows` hang from one node, at most: no chain of them is longer."""
+    return int(np.bincount(rows.nodes).max(initial=0))
+
+
 @lru_cache
 def _in_reach(nodes: int, ranks: int, size: int) -> tuple[Ints, Ints]:
     """Of nodes and ranks, each in order of what they cost, those pairs `[pairs]` that can be among the `size` cheapest:
@@ -171,28 +176,24 @@ def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[Toke
     return tree.take(nodes), kept
 
 
-def depth_first(tree: TokenTree, nodes: Ints) -> Ints:
-    """`nodes`, closed under parents, so that the likeliest path comes first: when that one is accepted, its keys and
-    values stand in the KV cache where they shall stay."""
-    children: dict[int, list[int]] = {}
+def likeliest_first(tree: TokenTree, nodes: Ints) -> Ints:
+    """`nodes`, ascending and closed under parents, so that the likeliest path stands first: when that one is accepted,
+    its keys and values stand in the KV cache where they shall stay."""
     ascending = nodes[tree.log_probs[nodes].argsort(kind="stable")]
-    for node, parent in zip(ascending.tolist(), tree.parents[ascending].tolist(), strict=True):
-        children.setdefault(parent, []).append(node)
-    order: list[int] = []
-    stack = [0]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        stack += children.get(node, ())
-    return np.asarray(order, np.int64)
+    heirs = dict(zip(tree.parents[ascending].tolist(), ascending.tolist(), strict=True))  # the likeliest child of each
+    path = [0]
+    while (heir := heirs.get(path[-1])) is not None:
+        path.append(heir)
+    apart = np.ones(len(tree), bool)
+    apart[path] = False
+    return np.concatenate([path, nodes[apart[nodes]]])
 
 
 def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:
     """Tree and appended blocks without the rows deeper than `depth`."""
-    depths = row_depths(stacked_parents(tree, appended))
-    if depths.max() <= depth:
+    if row_depths(tree.parents).max() + max((_most_below_a_node(rows) for rows in appended), default=0) <= depth:
         return tree, appended
-    return cut(tree, appended, np.flatnonzero(depths <= depth))
+    return cut(tree, appended, np.flatnonzero(row_depths(stacked_parents(tree, appended)) <= depth))
 
 
 def row_depths(parents: Ints) -> Ints:

@@ -27,15 +27,22 @@ from .tree import Appended, Bools, Ints, TokenTree, ancestors, stacked_parents
 
 @dataclass(frozen=True)
 class Context:
-    """What is cached: `visible` bool `[columns]`, False for padding, and in front of it prefixes, the first one first:
-    how many columns each has, and the source of the appended rows that alone see it."""
+    """What is cached: `length` columns, and in front of them prefixes, the first one first: how many columns each has,
+    and the source of the appended rows that alone see it."""
 
-    visible: Tensor
+    length: int
+    flags: Tensor  # bool [length or more], False for padding
     prefixes: tuple[tuple[int, int], ...] = ()
 
+    @classmethod
+    def of(cls, visible: Tensor) -> Context:
+        """As many columns as `visible` bool `[columns]` has, False for padding."""
+        return cls(len(visible), visible)
+
     @property
-    def length(self) -> int:
-        return len(self.visible)
+    def visible(self) -> Tensor:
+        """Bool `[length]`, False for padding."""
+        return self.flags[: self.length]
 
     def positions(self, see: Bools) -> Ints:
         """Of rows below what is cached, by who sees whom `[rows, rows]` among them `[rows]`."""
@@ -44,7 +51,10 @@ class Context:
 
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
-        return replace(self, visible=torch.cat([self.visible, self.visible.new_ones(tokens)]))
+        length, flags = self.length + tokens, self.flags
+        if length > len(flags):
+            flags = torch.cat([self.visible, flags.new_ones(tokens + self.length)])
+        return Context(length, flags, self.prefixes)
 
     def behind(self, prefixes: tuple[tuple[int, int], ...]) -> Context:
         """The same behind `prefixes`."""

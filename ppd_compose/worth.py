@@ -27,7 +27,9 @@ class _Ledger:
     answers: float = 0.0
 
     def forget(self) -> None:
-        self.promised, self.gained, self.answers = (FORGET * x for x in (self.promised, self.gained, self.answers))
+        self.promised *= FORGET
+        self.gained *= FORGET
+        self.answers *= FORGET
 
     @property
     def kept(self) -> float:
@@ -83,6 +85,8 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
     riding = step.rows - (0 if step.tree is None else len(step.tree))
     price = price[min(riding, len(price) - 1) :]
     earned = tree.chances
+    if len(step.drafters) == 1:  # without it there would be the root alone
+        return [_best(-np.sort(-earned), price) - _best(earned[:1], price)]
     order = (-earned).argsort(kind="stable")
     every = _best(earned[order], price)
     return [every - _best(earned[order[~gone[order]]], price) for gone in _alone(step, tree)]

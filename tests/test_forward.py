@@ -464,7 +464,7 @@ def test_attention_that_repeats_no_keys_says_what_the_base_says(family, padding)
         with torch.no_grad():
             base(input_ids=ids, attention_mask=visible[None].long(), **with_cache(base, cache))
             tree = TokenTree.of([5, 6, 7, 8], [-1, 0, 0, 1], [0.0] * 4)
-            told.append(verify(forward, cache, Context(visible), tree, (), {}).logits)
+            told.append(verify(forward, cache, Context.of(visible), tree, (), {}).logits)
     torch.testing.assert_close(*told)
 
 

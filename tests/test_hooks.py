@@ -466,7 +466,11 @@ def test_a_merge_that_returns_no_tree_is_named():
     ("change", "message"),
     [
         ({"parents": array(9)}, "must hang from a tree node"),
-        ({"nodes": array(4)}, "names a node that the tree does not have"),
+        ({"nodes": array(4)}, "must name the tree node that its chain hangs from"),
+        (
+            {"parents": array(0, 1), "nodes": array(0, 1), "kinds": array(0, 0), "gains": np.ones(2)},
+            "must name the tree node that its chain hangs from",
+        ),
         ({"kinds": array(1)}, "kinds must index the 1 embeddings"),
         ({"gains": np.asarray([np.nan])}, "gains must be numbers"),
         ({"gains": np.asarray([1.0, 2.0])}, "different lengths"),
