@@ -151,4 +151,4 @@ def _grafted(tree: TokenTree, words: Ints, parents: Ints, given: Floats) -> Toke
     tokens, above, (at,) = joined([TokenTree.of(*every, np.zeros(len(every[0])))])
     claims, marks = np.zeros(len(tokens)), np.zeros(len(tokens), np.int64)
     claims[at], marks[at[len(tree) :]] = np.concatenate([known, given]), 1
-    return TokenTree(tokens, above, path_log_probs(claims, above), marks)
+    return TokenTree(tokens, above, path_log_probs(claims[1:], above), marks)

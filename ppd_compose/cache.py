@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .fixed import memory_of
-from .inplace import InPlaceLayer, count, counted, in_place
+from .inplace import InPlaceLayer, count, counted, everywhere, in_place
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 NAME, OLD_NAME = "cache", "past_key_values"  # of the KV cache, from transformers 5.24 on and before
@@ -133,12 +133,13 @@ def leave_a_gap(cache: Cache) -> None:
 
 def _added_to(cache: Cache) -> list[Any]:
     """The layers to whose keys and values a forward adds, by making new ones."""
-    return [layer for layer in _filled(cache) if not isinstance(layer, InPlaceLayer)]
+    layers: list[Any] = [] if everywhere(cache) else cache.layers
+    return [layer for layer in layers if not isinstance(layer, InPlaceLayer) and layer.is_initialized]
 
 
 def _filled(cache: Cache) -> list[Any]:
     """The layers that hold something: a model that takes images may pass by those that look at them."""
-    layers: list[Any] = list(cache.layers)
+    layers: list[Any] = cache.layers
     return [layer for layer in layers if layer.is_initialized]
 
 

@@ -6,7 +6,6 @@ part in drafting is `drafting`; how `generate` prepared its arguments is `genera
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,12 +66,15 @@ class Decoding:
 
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
-        try:
-            with self.step.ending:
-                return self._decoded()
-        finally:
-            with self.stats.stage("observe"):
-                self.stats.settle()
+        with self.stats.stage("call"):
+            try:
+                with self.step.ending:
+                    decoded = self._decoded()
+                self.catch_up()
+                return decoded
+            finally:
+                with self.stats.stage("meanwhile"):
+                    self.stats.settle()
 
     def _decoded(self) -> Tensor:
         with self.stats.stage("prefill"):
@@ -121,23 +123,30 @@ class Decoding:
 
     def advance(self) -> None:
         """One step: draft, one forward, and take what the model says."""
-        tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
-        self.step.answers = {}  # so that the last forward's logits are gone before there are new ones
-        # Whatever breaks off, a streamer, a criterion or the user: the cache is to hold nothing that was not said.
-        with undone(self.request.cache):
-            verified = self.verify(tree, appended)
-            self.take(tree, appended, verified)
-        self.observe(verified)
+        with self.stats.stage("step"):
+            tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
+            self.step.answers = {}  # so that the last forward's logits are gone before there are new ones
+            # Whatever breaks off, a streamer, a criterion or the user: the cache is to hold nothing that was not said.
+            with undone(self.request.cache):
+                verified = self.verify(tree, appended)
+                self.take(tree, appended, verified)
+            self.observe(verified)
 
     def verify(self, tree: TokenTree, appended: dict[Any, Appended]) -> Verified:
         """What the model says after the nodes of `tree` and after the rows appended to it."""
-        begin = time.perf_counter()
+        cache, blocks, before = self.request.cache, list(appended.values()), self.stats.seconds["verify"]
         with self.stats.stage("verify"):
             verified = verify(
-                self.forward, self.request.cache, self.context, tree, list(appended.values()), self.kwargs, self.layers
+                self.forward, cache, self.context, tree, blocks, self.kwargs, self.layers, meanwhile=self.catch_up
             )
-        self.step.seconds = time.perf_counter() - begin
+        self.step.seconds = self.stats.seconds["verify"] - before
         return verified
+
+    def catch_up(self) -> None:
+        """Do what can be done at any time, best while the device computes."""
+        if self.step.later:
+            with self.stats.stage("meanwhile"):
+                self.step.catch_up()
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
         """Accept a path and commit it."""
@@ -165,7 +174,7 @@ class Decoding:
             if self.request.streamer is not None:
                 self.request.streamer.put(torch.tensor([token], device="cpu"))
             scores = tuple(self.request.picker.scores) or None
-            if self.stops(self.sequence.all(), token, scores):
+            if self.stops(self.sequence.all, self.sequence.length, token, scores):
                 self.done = True
                 break
         return path

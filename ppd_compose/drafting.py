@@ -87,9 +87,9 @@ class Drafting:
                 step.drafting[name] += time.perf_counter() - begin
 
     def _takes_part(self, step: Step, name: str) -> bool:
-        """Whether it is that drafter's turn, or rows that it appended were verified below the last accepted node."""
+        """Whether rows that it appended were verified below the last accepted node, or it is that drafter's turn."""
         answer = step.answers.get(self.plugins.drafters[name])
-        return bool(self.hook.ask(step=step, drafter=name)) or (answer is not None and len(answer.kinds) > 0)
+        return (answer is not None and len(answer.kinds) > 0) or bool(self.hook.ask(step=step, drafter=name))
 
     def _asked(self, step: Step, hook: str, name: str, call: Callable[..., list[TokenTree]]) -> list[TokenTree]:
         """What the drafter of that name drafts, if it takes part."""

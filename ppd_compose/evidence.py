@@ -19,7 +19,7 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs,
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
-TOGETHER = 16  # steps are learnt from as many at a time as make up an eighth of all, and no more than these
+TOGETHER = 32  # steps are learnt from as many at a time as make up an eighth of all, and no more than these
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -103,14 +103,14 @@ class Evidence:
 
     @hookimpl
     def observe(self, step: Step) -> None:
-        """Learn from what followed the accepted nodes."""
+        """Learn, when there is time, from what followed the accepted nodes."""
         heard = step.memory.pop(self, None)
         if heard is None or len(heard.tree) == 1:
             return
         self.waiting.append((heard, step.ids[-len(step.path) :]))
         self.seen += 1
         if len(self.waiting) >= min(TOGETHER, 1 + self.seen // 8):
-            self.settle()
+            step.later.append(self.settle)
 
     def settle(self) -> None:
         """Learn from the steps that wait for it."""
@@ -136,20 +136,20 @@ class Evidence:
         mass = np.bincount(cells, np.exp(claims).ravel(), claims.size).reshape(claims.shape)
         highest = np.full(claims.size, -np.inf)
         np.maximum.at(highest, cells, claims.ravel())
-        features = np.empty((len(claims), 4 * claims.shape[1] + 1))
+        features = np.zeros((len(claims), 4 * claims.shape[1] + 1))
         features[:, 0:-1:4] = named
         features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
-        features[:, 2:-1:4] = (mass > 0)[above] & ~named
         features[:, 3:-1:4] = named & (claims == highest[cells].reshape(claims.shape))
-        features[:, -1] = named.sum(1) > 1 if claims.shape[1] > 1 else False
+        if claims.shape[1] > 1:
+            features[:, 2:-1:4] = (mass > 0)[above] & ~named
+            features[:, -1] = named.sum(1) > 1
         return features
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:
         """Log of the chance of each path `[nodes]`."""
         weights = np.array([learner.weights for learner in self.learners])
-        chances = np.ones(len(features))
-        chances[1:] = shares((features[1:] * weights[depths[1:] - 1]).sum(1), parents[1:])
-        return path_log_probs(np.log(np.maximum(chances, 1e-12)), parents)
+        scores = (features * weights[depths - 1]).sum(1)  # the root's means nothing
+        return path_log_probs(np.log(np.maximum(shares(scores[1:], parents[1:]), 1e-12)), parents)
 
 
 def _alone(tree: TokenTree) -> tuple[Ints, Ints, list[Ints]]:

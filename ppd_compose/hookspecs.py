@@ -131,5 +131,6 @@ def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], in
 def observe(step: Step, logits: Tensor) -> None:
     """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses.
 
-    `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return.
+    `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return. Work
+    that nobody waits for can be put off in `step.later`.
     """

@@ -25,6 +25,7 @@ class Extent:
     columns: int
     front: int = 0  # of them, before those of the context
     hidden: int = 0  # of those in front, kept from the next forward
+    everywhere: bool = False  # whether all layers of the cache have this one
 
 
 class InPlaceLayer(DynamicLayer):
@@ -93,6 +94,9 @@ def lay_in_place(cache: Cache) -> None:
         else layer
         for layer in layers
     ]
+    laid = in_place_layers(cache)
+    for each in {layer.extent for layer in laid}:
+        each.everywhere = len(laid) == len(layers) and all(layer.extent is each for layer in laid)
     make_room(cache, 1)
 
 
@@ -149,11 +153,19 @@ def hide_front(cache: Cache, hidden: bool) -> None:
         extent.hidden = extent.front if hidden else 0
 
 
+def everywhere(cache: Cache) -> Extent | None:
+    """What all layers of `cache` hold, where all are written in place."""
+    first = cache.layers[0] if cache.layers else None
+    return first.extent if isinstance(first, InPlaceLayer) and first.extent.everywhere else None
+
+
 def _extents(cache: Cache) -> list[Extent]:
+    if (extent := everywhere(cache)) is not None:
+        return [extent]
     return list({layer.extent for layer in in_place_layers(cache)})
 
 
 def in_place_layers(cache: Cache) -> list[Any]:
     """Layers whose memory is written into."""
-    layers: list[Any] = list(cache.layers)
+    layers: list[Any] = cache.layers
     return [layer for layer in layers if isinstance(layer, InPlaceLayer)]

@@ -89,9 +89,9 @@ class BestRows:
         net = values[best].cumsum() - pace.rate * pace.curve[: len(best)]
         sizes = _sizes(len(best))
         keep = best[: sizes[net[sizes - 1].argmax()]]
-        keep.sort()
-        nodes = likeliest_first(tree, keep[keep < len(tree)])
-        fitted, riding = cut(tree, appended, np.concatenate([nodes, keep[len(nodes) :]]))
+        drafted = keep < len(tree)
+        nodes = likeliest_first(tree, keep[drafted])
+        fitted, riding = cut(tree, appended, np.concatenate([nodes, np.sort(keep[~drafted])]))
         self.worth.promise(step, riding, tree.stop_chances()[nodes])
         return fitted, riding
 

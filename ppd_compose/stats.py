@@ -21,18 +21,22 @@ TOGETHER = 64  # steps whose nodes are counted at a time
 
 
 class _Stage:
-    """Adds the seconds spent inside to those of `name`; a dozen times a step, so without a generator."""
+    """Adds the seconds spent inside, less those of stages within, to those of `name`; a dozen times a step, so without
+    a generator."""
 
-    __slots__ = ("begin", "name", "seconds")
+    __slots__ = ("before", "begin", "name", "stats")
 
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
+    def __init__(self, stats: Stats, name: str) -> None:
+        self.stats, self.name = stats, name
 
     def __enter__(self) -> None:
+        self.before, self.stats.within = self.stats.within, 0.0
         self.begin = time.perf_counter()
 
     def __exit__(self, *raised: object) -> None:
-        self.seconds[self.name] += time.perf_counter() - self.begin
+        spent = time.perf_counter() - self.begin
+        self.stats.seconds[self.name] += spent - self.stats.within
+        self.stats.within = self.before + spent
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Stats:
     """Counts of one call of `generate`. Depth 1 is the first guessed token.
 
     Whoever looks while the call goes on sees `expected`, `candidates`, `accepted` and `claims` of all but the last
-    steps, fewer than 64.
+    steps, no more than 64.
     """
 
     drafters: tuple[str, ...] = ()
@@ -50,10 +54,12 @@ class Stats:
     rows: int = 0  # of all forwards, appended rows included; a prefill counts as one row
     candidates: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     accepted: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    # By stage; "step" is what steps take between their stages, "call" what the call takes beside its steps.
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # By tenth of the chance that guesses below accepted nodes claimed: how many, the sum of chances, how many right.
     claims: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(TENTHS)])
     waiting: list[Committed] = field(default_factory=list, repr=False)  # steps whose nodes are not counted yet
+    within: float = field(default=0.0, repr=False, compare=False)  # seconds of the stages inside the one that goes on
 
     @property
     def tokens_per_forward(self) -> float:
@@ -69,8 +75,8 @@ class Stats:
         return sum(s for stage, s in self.seconds.items() if stage not in ("prefill", "verify"))
 
     def stage(self, name: str) -> _Stage:
-        """Add the seconds spent inside to `name`, also when it raises."""
-        return _Stage(self.seconds, name)
+        """Add the seconds spent inside to `name`, also when it raises; those of a stage within are its own."""
+        return _Stage(self, name)
 
     def count(self, step: Step) -> None:
         """Take up one committed step; its nodes when there are enough of them, see `settle`."""
@@ -81,7 +87,7 @@ class Stats:
         self.rows += step.rows
         self.waiting.append(Committed(step.tree, step.path, step.ids[-len(step.path) :]))
         if len(self.waiting) == TOGETHER:
-            self.settle()
+            step.later.append(self.settle)
 
     def settle(self) -> None:
         """Count the nodes of the steps that wait for it."""

@@ -5,7 +5,7 @@ Knows no model and no loop; the loop fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,14 @@ class Step:
     observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
+    later: list[Callable[[], None]] = field(default_factory=list)  # what nobody waits for, see `catch_up`
     ending: ExitStack = field(default_factory=ExitStack)  # what is given back when the sequence ends, however it does
+
+    def catch_up(self) -> None:
+        """Do what was put off in `later`: the loop does so while the device computes the next forward."""
+        waiting, self.later = self.later, []
+        for call in waiting:
+            call()
 
     @property
     def candidates(self) -> int:

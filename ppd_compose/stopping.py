@@ -6,6 +6,7 @@ know where tokens come from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +24,11 @@ class Stops:
             [each for each in criteria if type(each) is not EosTokenCriteria and not _is_length(each)]
         )
 
-    def __call__(self, ids: Tensor, token: int, scores: tuple[Tensor, ...] | None) -> bool:
-        """Whether one of them holds for the sequence `ids` `[1, length]`, whose last token is `token`."""
-        given: Any = ids
-        asked = bool(self.others(given, scores).all()) if self.others else False
-        return asked or token in self.ends or any(ids.shape[1] >= each.max_length for each in self.lengths)
+    def __call__(self, ids: Callable[[], Tensor], length: int, token: int, scores: tuple[Tensor, ...] | None) -> bool:
+        """Whether one of them holds for the sequence `ids()` `[1, length]`, whose last token is `token`."""
+        sequence: Any = ids() if self.others else None
+        asked = bool(self.others(sequence, scores).all()) if self.others else False
+        return asked or token in self.ends or any(length >= each.max_length for each in self.lengths)
 
 
 def _is_length(criterion: Any) -> bool:

@@ -54,21 +54,20 @@ class TokenTree:
             tokens: `[depth][rank]` int64, the best first.
             log_probs: `[depth][rank]` floats, the claim for each token, whatever stands before it.
         """
-        levels = [(np.asarray([root]), np.asarray([-1]), np.zeros(1))]
-        offset = 0
-        for words, claims in zip(tokens, log_probs, strict=True):
+        costs, offset = np.zeros(1), 0
+        levels = [(np.array([root]), np.array([-1]), costs)]
+        for words, claims in zip(map(np.asarray, tokens), map(np.asarray, log_probs), strict=True):
             # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
-            costs, words = levels[-1][2], np.asarray(words)
-            above, rank = _in_reach(len(costs), words.size, size)
-            paid = costs[above] - np.asarray(claims)[rank]
+            above, rank = _in_reach(len(costs), len(words), size)
+            paid = costs[above] - claims[rank]
             best = paid.argsort(kind="stable")[:size]
             levels.append((words[rank[best]], offset + above[best], paid[best]))
-            offset += len(costs)
+            offset, costs = offset + len(costs), levels[-1][2]
         words, parents, costs = (np.concatenate(column) for column in zip(*levels, strict=True))
         # Stable, and a parent stands before its children: of equals it is taken first.
         kept = costs.argsort(kind="stable")[:size]
         kept.sort()
-        above = np.searchsorted(kept, parents[kept])
+        above = kept.searchsorted(parents[kept])
         above[0] = -1
         return cls.of(words[kept], above, -costs[kept])
 
@@ -130,7 +129,7 @@ class Appended:
 
     def take(self, rows: Ints, nodes: Ints, size: int) -> Appended:
         """Rows `rows` of these, over a tree of `size` nodes of which `nodes` are kept."""
-        at = np.concatenate([renumber(nodes, size)[:-1], len(nodes) + renumber(rows, len(self))])
+        at = renumber(np.concatenate([nodes, size + rows]), size + len(self))
         parents = at[self.parents[rows]]
         kinds, hung, gains = self.kinds[rows], at[self.nodes[rows]], self.gains[rows]
         return Appended(self.embeddings, kinds, parents, hung, gains, self.source)
@@ -158,10 +157,12 @@ def renumber(kept: Ints, size: int) -> Ints:
 
 def stacked_parents(tree: TokenTree, appended: Sequence[Appended]) -> Ints:
     """Parents of all rows of one forward, the tree's first, then each appended block's `[rows]`."""
-    parents, offset = [tree.parents], len(tree)
+    parents, shift = [tree.parents], 0
     for rows in appended:
-        parents.append(np.where(rows.parents < len(tree), rows.parents, rows.parents + offset - len(tree)))
-        offset += len(rows)
+        parents.append(
+            np.where(rows.parents < len(tree), rows.parents, rows.parents + shift) if shift else rows.parents
+        )
+        shift += len(rows)
     return np.concatenate(parents)
 
 
@@ -177,10 +178,10 @@ def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[Toke
 
 
 def likeliest_first(tree: TokenTree, nodes: Ints) -> Ints:
-    """`nodes`, ascending and closed under parents, so that the likeliest path stands first: when that one is accepted,
-    its keys and values stand in the KV cache where they shall stay."""
-    ascending = nodes[tree.log_probs[nodes].argsort(kind="stable")]
-    heirs = dict(zip(tree.parents[ascending].tolist(), ascending.tolist(), strict=True))  # the likeliest child of each
+    """`nodes`, closed under parents, of which none is less likely than those after it, so that the likeliest path
+    stands first: when that one is accepted, its keys and values stand in the KV cache where they shall stay."""
+    backwards = nodes[::-1]
+    heirs = dict(zip(tree.parents[backwards].tolist(), backwards.tolist(), strict=True))  # the likeliest child of each
     path = [0]
     while (heir := heirs.get(path[-1])) is not None:
         path.append(heir)
@@ -205,9 +206,9 @@ def row_depths(parents: Ints) -> Ints:
 
 
 def path_log_probs(given: Floats, parents: Ints) -> Floats:
-    """Claims for whole paths `[nodes]` of claims for nodes given those above them; the root's is 0."""
-    claims = given.tolist()
-    claims[0] = 0.0
+    """Claims for whole paths `[nodes]` of claims for all nodes but the root, given those above them `[nodes - 1]`; the
+    root's is 0."""
+    claims = [0.0, *given.tolist()]
     for node, parent in enumerate(parents.tolist()[1:], 1):
         claims[node] += claims[parent]
     return np.asarray(claims)

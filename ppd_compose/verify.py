@@ -5,7 +5,7 @@ Knows the layout of rows, positions and columns. Does not decide which rows ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,11 +80,12 @@ def verify(
     appended: Sequence[Appended],
     kwargs: Mapping[str, Any],
     layers: Sequence[int] = (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Verified:
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
     `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
-    at the end and are seen by none. Waits for the device.
+    at the end and are seen by none. Waits for the device; `meanwhile` is called before, when it has been told all.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
@@ -93,6 +94,7 @@ def verify(
         out = _launched(forward, cache, context, rows, wanted)
     else:
         out = _played(forward, memory, context, rows, wanted)
+    meanwhile()
     wait(forward.model)
     count(cache, len(rows))
     # What was recorded is written over by the next forward.

@@ -17,6 +17,7 @@ def step_over(evidence, trees, following):
     tree = evidence.merge(step, marked)
     step.ids, step.path, step.tree = [5, *following], list(range(len(following))), tree
     evidence.observe(step)
+    step.catch_up()
     return tree
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 from dataclasses import replace
 from weakref import ref
 
@@ -54,6 +55,55 @@ def test_hooks_are_called_in_the_order_of_their_listing():
     first_token = ["accept", "observe"]  # the prefill yields it
     at = listed.index("start") + 1
     assert calls == listed[:at] + first_token + listed[at:]
+
+
+def test_what_is_put_off_is_done_while_the_next_forward_is_computed_and_at_the_end():
+    calls = []
+
+    class PutsOff:
+        @hookimpl
+        def observe(self, step):
+            step.later.append(lambda: calls.append("later"))
+
+        @hookimpl
+        def fit(self):
+            calls.append("fit")
+
+        @hookimpl
+        def accept(self):
+            calls.append("accept")
+
+    base = tiny()
+    base.lm_head.register_forward_hook(lambda *_: calls.append("forward"))
+    model, _ = run(base, PutsOff(), tokens=3)
+    step = ["fit", "forward", "later", "accept"]
+    assert calls == ["forward", "accept", *step, *step, "later"]
+    assert model.stats.seconds["meanwhile"] > 0
+
+
+def test_stages_share_all_the_seconds_of_a_call():
+    class Slow:
+        name = "slow"
+
+        @hookimpl
+        def start(self):
+            time.sleep(0.05)
+
+        @hookimpl
+        def append(self):
+            time.sleep(0.02)
+
+        @hookimpl
+        def observe(self, step):
+            step.later.append(lambda: time.sleep(0.01))
+
+    begin = time.perf_counter()
+    model, _ = run(None, Slow(), tokens=3)
+    whole, seconds = time.perf_counter() - begin, model.stats.seconds
+    assert seconds["call"] >= 0.05
+    assert seconds["append slow"] >= 0.04
+    assert seconds["meanwhile"] >= 0.03
+    assert sum(seconds.values()) < whole
 
 
 def test_hook_prepare():
