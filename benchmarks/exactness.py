@@ -94,9 +94,9 @@ class NearTies:
     gap: float
     forwards: int = 0
 
-    def __call__(self, forward: Any, cache: Any, context: Any, tree: Any, *args: Any) -> Any:
+    def __call__(self, forward: Any, cache: Any, context: Any, tree: Any, *args: Any, **kwargs: Any) -> Any:
         """As `verify`."""
-        verified = verify(forward, cache, context, tree, *args)
+        verified = verify(forward, cache, context, tree, *args, **kwargs)
         path: list[int] = []
         node: int | None = 0
         while node is not None:

@@ -180,14 +180,13 @@ def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[Toke
 def likeliest_first(tree: TokenTree, nodes: Ints) -> Ints:
     """`nodes`, closed under parents, of which none is less likely than those after it, so that the likeliest path
     stands first: when that one is accepted, its keys and values stand in the KV cache where they shall stay."""
-    backwards = nodes[::-1]
-    heirs = dict(zip(tree.parents[backwards].tolist(), backwards.tolist(), strict=True))  # the likeliest child of each
+    order = nodes.tolist()
+    heirs = dict(zip(tree.parents[nodes][::-1].tolist(), order[::-1], strict=True))  # the likeliest child of each
     path = [0]
     while (heir := heirs.get(path[-1])) is not None:
         path.append(heir)
-    apart = np.ones(len(tree), bool)
-    apart[path] = False
-    return np.concatenate([path, nodes[apart[nodes]]])
+    others = set(order).difference(path)
+    return np.asarray([*path, *(node for node in order if node in others)], np.int64)
 
 
 def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:

@@ -549,5 +549,5 @@ def test_criteria_asked_as_numbers_end_a_sequence_where_those_of_transformers_do
         for token in range(8):
             for length in (1, 8, 9, 10):
                 ids = torch.full((1, length), token)
-                assert ours(ids, token, None) is bool(theirs(ids, None).all()), (criteria, token, length)
+                assert ours(ids.clone, length, token, None) is bool(theirs(ids, None).all()), (criteria, token, length)
     assert [type(each) for each in Stops(StoppingCriteriaList([MaxLengthCriteria(9, 3)])).others] == [MaxLengthCriteria]
