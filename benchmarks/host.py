@@ -1,5 +1,4 @@
-"""How long does the host work in a step? Milliseconds by stage at 64 rows, all that is neither prefill nor forward,
-nor what a call takes beside its steps.
+"""How long does the host work in a step? Milliseconds by stage at 64 rows, all that is not its forward.
 
 Once on a random model of SmolLM2's 30 layers but a tiny width and vocabulary, where what remains is Python, numpy and
 the dispatch of tensor operations; and once on SmolLM2 itself, where on a CPU the search through 49,152 logits and the
@@ -43,7 +42,7 @@ def milliseconds(base: Any, drafter: Any, rows: int, tokens: int, rounds: int) -
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
         stats = model.stats
         told.append({name: 1000 * seconds / stats.forwards for name, seconds in stats.seconds.items()})
-        told[-1]["host"] = 1000 * (stats.host_seconds - stats.seconds["call"]) / stats.forwards
+        told[-1]["host"] = 1000 * stats.host_seconds / stats.forwards
     by_stage = {name: median(one[name] for one in told[1:]) for name in told[0]}
     return {"rows_per_forward": stats.rows_per_forward, "milliseconds": by_stage}
 

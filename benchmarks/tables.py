@@ -200,7 +200,7 @@ def exactness() -> str:
             f"| sampling, {sampling['draws']:,} draws | total variation {sampling['total_variation']:.4f} to the exact "
             f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
             f"| host work at 64 rows | {stages['narrow']:.2f} ms a step of Python, numpy and dispatch (30 layers, tiny "
-            f"width); {stages['smollm2']:.2f} ms with SmolLM2's logits and KV cache |",
+            f"width), all but the forward; {stages['smollm2']:.2f} ms with SmolLM2's logits and KV cache |",
             f"| peak memory of a generation | {peaks} over plain generate |",
             f"| adapter | {memory['adapter_parameters']:,} parameters, "
             f"{100 * memory['adapter_parameters'] / memory['base_parameters']:.4f} % of the base's |",

@@ -88,13 +88,14 @@ class Budget:
         return self.rows[-1]
 
     def curve(self, context: int) -> Floats:
-        """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`, to read."""
+        """Seconds of a forward of 1, 2, ... rows at `context` cached tokens, interpolated `[max rows]`; read-only."""
         above = bisect_right(self.contexts, context)
         low, high = max(above - 1, 0), min(above, len(self.contexts) - 1)
         curve: Floats = self._curves[low]
         if low < high:
             share = (context - self.contexts[low]) / (self.contexts[high] - self.contexts[low])
             curve = curve + share * (self._curves[high] - curve)
+            curve.flags.writeable = False  # as those at hand are
         return curve
 
     @cached_property

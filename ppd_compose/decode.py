@@ -63,6 +63,8 @@ class Decoding:
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
         self.context = Context.of(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self.done = False
+        # What is done while a device computes takes no time of its own.
+        self.beside = "meanwhile" if model.device.type == "cpu" else "verify"
 
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
@@ -70,8 +72,8 @@ class Decoding:
             try:
                 with self.step.ending:
                     decoded = self._decoded()
-                self.catch_up()
-                return decoded
+                    self.catch_up()
+                    return decoded
             finally:
                 with self.stats.stage("meanwhile"):
                     self.stats.settle()
@@ -143,9 +145,9 @@ class Decoding:
         return verified
 
     def catch_up(self) -> None:
-        """Do what can be done at any time, best while the device computes."""
+        """Do what was put off, best while the device computes."""
         if self.step.later:
-            with self.stats.stage("meanwhile"):
+            with self.stats.stage(self.beside):
                 self.step.catch_up()
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:

@@ -31,7 +31,7 @@ class Drafting:
         self.appenders = plugins.each_drafter("append")
         self.observers, self.observed = plugins.observers()
         self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
-        self.refined = plugins.drafters if self.hook.refine.get_hookimpls() else {}
+        self.refinable = plugins.drafters if self.hook.refine.get_hookimpls() else {}
         # The default is given checked trees and makes one of them; of what others make nobody knows.
         self.checks_merged = len(self.hook.merge.get_hookimpls()) > 1
 
@@ -78,7 +78,7 @@ class Drafting:
 
     def _refine(self, step: Step) -> None:
         """Let who can tell better what appended rows say do so, on the time of the drafter whose rows they are."""
-        for name, drafter in self.refined.items():
+        for name, drafter in self.refinable.items():
             if (answer := step.answers.get(drafter)) is not None and len(answer.kinds):
                 begin = time.perf_counter()
                 with self.stats.stage(f"refine {name}"):

@@ -58,7 +58,6 @@ class Evidence:
         self.drafters = tuple(drafters)
         self.waiting: list[tuple[Heard, Sequence[int]]] = []  # steps that are not learnt from yet
         self.seen = 0  # steps, those that wait included
-        self.weights: Floats | None = None  # of all learners, while none has learnt anew
 
     def learnt(self) -> dict[str, Any]:
         """What was learnt, as plain data."""
@@ -115,7 +114,7 @@ class Evidence:
 
     def settle(self) -> None:
         """Learn from the steps that wait for it."""
-        waiting, self.waiting, self.weights = self.waiting, [], None
+        waiting, self.waiting = self.waiting, []
         if not waiting:
             return
         forest = Forest.of([_followed(heard.tree, following) for heard, following in waiting])
@@ -148,9 +147,8 @@ class Evidence:
 
     def _pooled(self, features: Floats, parents: Ints, depths: Ints) -> Floats:
         """Log of the chance of each path `[nodes]`."""
-        if self.weights is None:
-            self.weights = np.array([learner.weights for learner in self.learners])
-        scores = (features * self.weights[depths - 1]).sum(1)  # the root's means nothing
+        weights = np.array([learner.weights for learner in self.learners])
+        scores = (features * weights[depths - 1]).sum(1)  # the root's means nothing
         return path_log_probs(np.log(np.maximum(shares(scores[1:], parents[1:]), 1e-12)), parents)
 
 

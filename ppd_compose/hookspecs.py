@@ -68,7 +68,8 @@ def start(step: Step, model: PreTrainedModel) -> None:
 def ask(step: Step, drafter: str) -> bool | None:
     """Return whether the drafter of that name is asked to propose and extend at this step.
 
-    One whose appended rows were verified below the last accepted node is asked in any case: they are paid for.
+    Not called for one whose appended rows were verified below the last accepted node: they are paid for, and it
+    takes part.
     """
 
 
@@ -132,5 +133,8 @@ def observe(step: Step, logits: Tensor) -> None:
     """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses.
 
     `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return. Work
-    that nobody waits for can be put off in `step.later`.
+    that nobody waits for, and that does not need them, can be appended to `step.later`: it is done once the next
+    forward was launched, or when the sequence ends, unless something raised; what it puts off in turn waits for one
+    forward more. Its time
+    is on no drafter's account.
     """

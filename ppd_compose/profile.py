@@ -22,6 +22,8 @@ from .measured import measured_budget
 from .questions import Question
 from .storage import staged_file
 
+WHOLE = ("prefill", "call")  # stages of a call, and not of its steps
+
 
 def profile(model: Any, questions: Sequence[Question], tokens: int, again: bool, command: str) -> dict[str, Any]:
     """Seconds of verify forwards by rows and context, and milliseconds a step by stage, as plain data.
@@ -39,7 +41,7 @@ def profile(model: Any, questions: Sequence[Question], tokens: int, again: bool,
         greedy(model, question.ids, tokens)
         seconds.update(model.stats.seconds)
         forwards += model.stats.forwards
-    stages = {stage: 1000 * spent / max(forwards, 1) for stage, spent in seconds.items() if stage != "prefill"}
+    stages = {stage: 1000 * spent / max(forwards, 1) for stage, spent in seconds.items() if stage not in WHOLE}
     return {
         "environment": environment(model, command),
         "budget": asdict(model.budget),

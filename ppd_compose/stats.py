@@ -71,8 +71,8 @@ class Stats:
 
     @property
     def host_seconds(self) -> float:
-        """All that is neither the prefill nor the verify forward."""
-        return sum(s for stage, s in self.seconds.items() if stage not in ("prefill", "verify"))
+        """All that steps take beside their verify forwards."""
+        return sum(s for stage, s in self.seconds.items() if stage not in ("call", "prefill", "verify"))
 
     def stage(self, name: str) -> _Stage:
         """Add the seconds spent inside to `name`, also when it raises; those of a stage within are its own."""

@@ -51,7 +51,7 @@ class Step:
     observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
-    later: list[Callable[[], None]] = field(default_factory=list)  # what nobody waits for, see `catch_up`
+    later: list[Callable[[], None]] = field(default_factory=list)  # what nobody waits for, see the hook `observe`
     ending: ExitStack = field(default_factory=ExitStack)  # what is given back when the sequence ends, however it does
 
     def catch_up(self) -> None:

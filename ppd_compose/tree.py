@@ -135,11 +135,6 @@ class Appended:
         return Appended(self.embeddings, kinds, parents, hung, gains, self.source)
 
 
-def _most_below_a_node(rows: Appended) -> int:
-    """How many of `rows` hang from one node, at most: no chain of them is longer."""
-    return int(np.bincount(rows.nodes).max(initial=0))
-
-
 @lru_cache
 def _in_reach(nodes: int, ranks: int, size: int) -> tuple[Ints, Ints]:
     """Of nodes and ranks, each in order of what they cost, those pairs `[pairs]` that can be among the `size` cheapest:
@@ -178,8 +173,12 @@ def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[Toke
 
 
 def likeliest_first(tree: TokenTree, nodes: Ints) -> Ints:
-    """`nodes`, closed under parents, of which none is less likely than those after it, so that the likeliest path
-    stands first: when that one is accepted, its keys and values stand in the KV cache where they shall stay."""
+    """`nodes` so that the path of likeliest children stands first: when that one is accepted, its keys and values stand
+    in the KV cache where they shall stay.
+
+    Args:
+        nodes: root first, each after its parent, and the likelier of two before the other.
+    """
     order = nodes.tolist()
     heirs = dict(zip(tree.parents[nodes][::-1].tolist(), order[::-1], strict=True))  # the likeliest child of each
     path = [0]
@@ -194,6 +193,11 @@ def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[
     if row_depths(tree.parents).max() + max((_most_below_a_node(rows) for rows in appended), default=0) <= depth:
         return tree, appended
     return cut(tree, appended, np.flatnonzero(row_depths(stacked_parents(tree, appended)) <= depth))
+
+
+def _most_below_a_node(rows: Appended) -> int:
+    """How many of `rows` hang from one node, at most: no chain of them is longer."""
+    return int(np.bincount(rows.nodes).max(initial=0))
 
 
 def row_depths(parents: Ints) -> Ints:

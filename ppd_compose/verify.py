@@ -31,7 +31,7 @@ class Context:
     and the source of the appended rows that alone see it."""
 
     length: int
-    flags: Tensor  # bool [length or more], False for padding
+    flags: Tensor  # bool [length or more], False for padding; those behind `length` do not count yet
     prefixes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
@@ -52,7 +52,7 @@ class Context:
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
         length, flags = self.length + tokens, self.flags
-        if length > len(flags):
+        if length > len(flags):  # twice as many, so that few steps copy them
             flags = torch.cat([self.visible, flags.new_ones(tokens + self.length)])
         return Context(length, flags, self.prefixes)
 
@@ -85,7 +85,7 @@ def verify(
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
     `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
-    at the end and are seen by none. Waits for the device; `meanwhile` is called before, when it has been told all.
+    at the end and are seen by none. Waits for the device, and once that was told all calls `meanwhile` first.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)

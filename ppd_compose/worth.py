@@ -85,7 +85,7 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
     riding = step.rows - (0 if step.tree is None else len(step.tree))
     price = price[min(riding, len(price) - 1) :]
     earned = tree.chances
-    if len(step.drafters) == 1:  # without it there would be the root alone
+    if len(step.drafters) == 1 and tree.sources[1:].all():  # without it there would be the root alone
         return [_best(-np.sort(-earned), price) - float(earned[0] - price[0])]
     order = (-earned).argsort(kind="stable")
     every = _best(earned[order], price)
