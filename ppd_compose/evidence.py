@@ -124,8 +124,9 @@ class Evidence:
         for depth, learner in enumerate(self.learners, 1):
             (among,) = ((choice >= 0) & (depths == depth)).nonzero()
             if len(among):
-                _, group = np.unique(choice[among], return_inverse=True)
-                learner.learn(features[among], group, right[among])
+                met = np.zeros(len(forest.path), np.int64)
+                met[choice[among]] = 1
+                learner.learn(features[among], (met.cumsum() - 1)[choice[among]], right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
         """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from ppd_compose import Budget, TokenTree, compiled, compose, grouped, hookimpl, measured, packed, regions
-from ppd_compose.cache import GENERATE_NAME, with_cache
+from ppd_compose.cache import GENERATE_NAME, commit, recording, with_cache
 from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
+from ppd_compose.inplace import count, make_room
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
 
@@ -445,6 +446,25 @@ def test_budgets_of_other_ways_are_kept_apart(tmp_path, monkeypatch):
     for settings in ({}, {"packed": True}, {}):
         compose(base, prompt_tokens(), **settings).warmup()
     assert len(list((tmp_path / "budgets").iterdir())) == (2 if PACKABLE else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_an_accepted_path_move_up_also_after_memory_grew(dtype):
+    cache, held = DynamicCache(), []
+    for layer in range(2):
+        held.append(torch.randn(2, 1, 2, 5, 4, generator=torch.Generator().manual_seed(layer)).to(dtype))
+        cache.update(*held[layer], layer)
+    with recording(cache):
+        for rows, path in ((4, [0, 2, 3]), (200, [0, 7, 150]), (3, [0, 1])):
+            make_room(cache, rows)
+            for layer in range(2):
+                new = torch.randn(2, 1, 2, rows, 4, generator=torch.Generator().manual_seed(rows)).to(dtype)
+                cache.update(*new, layer)
+                held[layer] = torch.cat([held[layer], new[..., path, :]], dim=-2)
+            count(cache, rows)
+            commit(cache, rows, path)
+    for layer, expected in zip(cache.layers, held, strict=True):
+        torch.testing.assert_close(torch.stack([layer.keys, layer.values]), expected, rtol=0, atol=0)
 
 
 def padded(padding):
