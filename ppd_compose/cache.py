@@ -148,22 +148,20 @@ def _with_room(states: Tensor) -> Tensor:
     return pad(states, (0, 0, 0, 1)).narrow(-2, 0, length)
 
 
-def _written(cache: Cache) -> Iterator[tuple[Any, int]]:
-    """Keys and values, as tensors or arrays, those of all layers at once where they lie in one memory, and how many
-    columns hold something."""
+def _written(cache: Cache) -> Iterator[tuple[Tensor, int]]:
+    """Keys and values, those of all layers at once where they lie in one memory, and how many columns hold
+    something."""
     if (memory := memory_of(cache)) is not None:
         yield from ((stack, counted(cache)) for stack in memory.stacks.values())
         return
     for layer in _filled(cache):
-        if isinstance(layer, InPlaceLayer):
-            yield from ((states, layer.extent.columns) for states in layer.arrays())
-        else:
-            yield from ((states, layer.keys.shape[-2]) for states in (layer.keys, layer.values))
+        held = layer.extent.columns if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2]
+        yield from ((states, held) for states in (layer.keys, layer.values))
 
 
-def _move(states: Any, begin: int, moved: Sequence[tuple[int, int]]) -> None:
+def _move(states: Tensor, begin: int, moved: Sequence[tuple[int, int]]) -> None:
     for to, row in moved:  # a path ascends, so a row is read before it is written over
-        states[..., begin + to, :] = states[..., begin + row, :]
+        states.select(-2, begin + to).copy_(states.select(-2, begin + row))
 
 
 def _less(states: Tensor, dropped: int) -> Tensor:

@@ -16,7 +16,6 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 128  # tokens by which the memory grows
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes, which numpy knows all
 
 
 @dataclass(eq=False)
@@ -38,7 +37,6 @@ class InPlaceLayer(DynamicLayer):
         self.layer, self.extent = layer, extent
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
         self.front = 0  # columns of its memory before those of the context
-        self._known: tuple[Any, list[Any]] = (None, [])  # `arrays`, and the keys of which they are
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write them behind what counts, for which `make_room` has been called; all there is then but what is hidden,
@@ -57,14 +55,6 @@ class InPlaceLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Columns that a forward sees before its own."""
         return self.extent.columns - self.extent.hidden
-
-    def arrays(self) -> list[Any]:
-        """Keys and values, to copy columns in: on a CPU as numpy's arrays of words, which copies a few numbers in a
-        tenth of the time."""
-        if self._known[0] is not self.keys:
-            held: list[Any] = [self.keys, self.values]
-            self._known = self.keys, [_words(states) if states.device.type == "cpu" else states for states in held]
-        return self._known[1]
 
     def give_back(self) -> Any:
         """The layer that this one stands in for, with what counts of the context."""
@@ -127,10 +117,6 @@ def _longer(states: Tensor, more: int) -> Tensor:
     longer = states.new_empty(*outer, columns + more, size)
     longer[..., :columns, :] = states
     return longer
-
-
-def _words(states: Tensor) -> Any:
-    return states.detach().view(WORDS[states.itemsize]).numpy()
 
 
 def count(cache: Cache, rows: int) -> None:
