@@ -132,9 +132,8 @@ def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], in
 def observe(step: Step, logits: Tensor) -> None:
     """The step is committed: `step.tree`, `step.path` and `step.ids` tell what became of the guesses.
 
-    `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return. Work
-    that nobody waits for, and that does not need them, can be appended to `step.later`: it is done once the next
+    `logits` `[nodes, vocab]` are the model's after every node of `step.tree`, unprocessed, valid until you return.
+    Work that nobody waits for, and that does not need them, can be appended to `step.later`: it is done once the next
     forward was launched, or when the sequence ends, unless something raised; what it puts off in turn waits for one
-    forward more. Its time
-    is on no drafter's account.
+    forward more. Its time is on no drafter's account.
     """
