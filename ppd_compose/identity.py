@@ -70,14 +70,16 @@ class Identity:
 
 
 def device_name(model: PreTrainedModel) -> str:
-    """The device that `model` computes on, as its maker calls it."""
+    """The device that `model` computes on, as its maker calls it; of a CPU also which instructions torch uses, as one
+    name stands for several kinds."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     if model.device.type != "cpu":
         return model.device.type
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU: {names[0] if names else platform.processor() or platform.machine()}"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"CPU: {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -27,7 +27,7 @@ ENOUGH = 32  # forwards of one number of rows before they are compared
 RECENT = 0.1  # weight of a forward in what those around it take
 LATEST = 300  # forwards that are compared: no more, as the machine may have been busy before
 TOLERANCE = 1.1  # ratio of two sizes' disagreements from which the budget is corrected
-FORWARDS = 4  # another number where this project's forwards come to take otherwise
+FORWARDS = 5  # another number where this project's forwards come to take otherwise
 
 
 def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:

@@ -1,7 +1,7 @@
 """Linear layers whose weights are packed once for the CPU's matrix kernels, those that read the same rows together.
 
 A product with a few rows otherwise spends much of its time on rearranging the weight, at every forward anew. Knows
-linear layers and oneDNN. Does not know decoding.
+linear layers, and when a weight has changed. Kernels are `kernels`'. Does not know decoding.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels import Multiply, can_multiply, multiplier
 from .paging import page_out
 
-ROWS = 16  # the number of rows that weights are laid out for; others are computed from the same layout
-DTYPES = (torch.float32, torch.bfloat16)
 # Children of one module that read the same rows, in most models.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
 class _Pack:
-    """Weights below one another in packed form, their biases, and what that was made from."""
+    """The product with weights below one another in packed form and their biases, and what that was made from."""
 
     made_from: tuple[weakref.ref[Tensor], ...]
     state: tuple[tuple[int, int], ...]
-    packed: Tensor
-    bias: Tensor | None
+    multiply: Multiply
 
 
 # By the weights' identities, and only as long as they live. Looked up some hundred times in a forward, so a plain
@@ -85,12 +83,12 @@ def pack(model: Any) -> None:
     weights, from the first forward on; weights that lie in a file, as they do where a base was loaded in the dtype of
     its file, are left to it until somebody reads them.
 
-    Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in float32 or bfloat16.
+    Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in a dtype that is packed there.
     """
     if not can_pack(model):
         raise ValueError(
-            f"weights are packed for a CPU with oneDNN in float32 or bfloat16, the base is on {model.device} in "
-            f"{model.dtype}: leave packed=False"
+            f"weights are packed for a CPU with oneDNN in float32, bfloat16 or, where it does not multiply in that "
+            f"itself, float16; the base is on {model.device} in {model.dtype}: leave packed=False"
         )
     pack_layers(model)
 
@@ -124,8 +122,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     off the CPU, in another dtype than the weight's, while gradients are wanted, and for weights that are more than a
     plain tensor.
     """
-    plain = type(weight) in (Tensor, nn.Parameter) and rows.device.type == "cpu" and rows.dtype in DTYPES
-    if torch.is_grad_enabled() or not plain or rows.dtype != weight.dtype:
+    plain = type(weight) in (Tensor, nn.Parameter) and rows.device.type == "cpu" and rows.dtype == weight.dtype
+    if torch.is_grad_enabled() or not plain or not can_multiply(rows.dtype):
         return nn.functional.linear(rows, weight, bias)
     return _linear(rows, [weight], [] if bias is None else [bias])
 
@@ -152,8 +150,7 @@ def _bring_together(layers: list[Any]) -> None:
 
 def can_pack(model: Any) -> bool:
     """Whether there are kernels for the packed weights of `model`, where it is."""
-    here = model.device.type == "cpu" and model.dtype in DTYPES and torch.backends.mkldnn.is_available()
-    return here and (model.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return bool(model.device.type == "cpu" and can_multiply(model.dtype))
 
 
 def _product(rows: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
@@ -166,10 +163,7 @@ def _product(rows: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
 
 
 def _linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    pack = _packed((*weights, *biases), len(weights))
-    # By its overload, which takes torch as long to find as the packed weights take us.
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, pack.packed, pack.bias, "none", [], "")
-    return out
+    return _packed((*weights, *biases), len(weights)).multiply(rows)
 
 
 def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
@@ -180,17 +174,18 @@ def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
     known = _packs.get(key)
     if known is None or known.state != state or any(ref() is None for ref in known.made_from):
         marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)
-        known = _Pack(marks, state, *_laid_out(tensors[:weights], tensors[weights:]))
+        known = _Pack(marks, state, _laid_out(tensors[:weights], tensors[weights:]))
         _packs[key] = known
     return known
 
 
-def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Multiply:
     parts = [weight.detach() for weight in weights]
-    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(parts) if parts[1:] else parts[0], ROWS)
+    bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+    multiply = multiplier(torch.cat(parts) if parts[1:] else parts[0], bias)
     for weight in weights:
         page_out(weight)
-    return packed, torch.cat([bias.detach() for bias in biases]) if biases else None
+    return multiply
 
 
 def _forget(key: tuple[int, ...], gone: weakref.ref[Tensor]) -> None:

@@ -17,7 +17,7 @@ from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
 
-from ppd_compose import Budget, TokenTree, compiled, compose, grouped, hookimpl, measured, packed, regions
+from ppd_compose import Budget, TokenTree, compiled, compose, grouped, hookimpl, kernels, measured, packed, regions
 from ppd_compose.cache import GENERATE_NAME, commit, recording, with_cache
 from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
@@ -214,15 +214,53 @@ def test_heads_that_use_the_bases_output_head_follow_it(kind, change):
 
 
 @needs_packing
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_products_that_cannot_be_packed_are_computed_as_ever(dtype):
+@pytest.mark.parametrize("narrow", [True, False], ids=["in float16", "in float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_cpu_that_does_not_multiply_in_half_precision_says_the_same(family, dtype, narrow, monkeypatch):
+    monkeypatch.setattr(kernels, "_native", lambda dtype: dtype == torch.float32)
+    if not narrow:
+        monkeypatch.setattr(kernels, "_has_fbgemm", lambda: False)
+    base = tiny(family, dtype=dtype)
+    model = compose(base, packed=True)
+    with torch.no_grad():
+        here, there = model(input_ids=prompt()).logits, base(input_ids=prompt()).logits
+    assert here.dtype == dtype
+    torch.testing.assert_close(here, there)
+
+
+@needs_packing
+@pytest.mark.parametrize("scale", [1, 1e-6, 1e6])
+@pytest.mark.parametrize("biased", [True, False])
+def test_weights_that_float16_cannot_hold_are_multiplied_as_exactly(scale, biased, monkeypatch):
+    monkeypatch.setattr(kernels, "_native", lambda dtype: dtype == torch.float32)
+    dice = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((2, 3, 64), (40, 64), (40,)))
+    weight[::3] *= scale  # some rows of the weight are too small or too large for it, others are not
+    told = kernels.multiplier(weight, bias if biased else None)(rows)
+    expected = nn.functional.linear(rows.double(), weight.double(), bias.double() if biased else None)
+    assert told.dtype == torch.bfloat16
+    torch.testing.assert_close(told.double(), expected, rtol=2**-8, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_float16_is_packed_where_the_cpu_does_not_multiply_in_it(native, monkeypatch):
+    monkeypatch.setattr(kernels, "_native", lambda dtype: native)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    expected = [True, not native, True, False] if PACKABLE else [False] * 4
+    assert [kernels.can_multiply(dtype) for dtype in dtypes] == expected
+
+
+@needs_packing
+def test_products_that_cannot_be_packed_are_computed_as_ever():
     rows, weight = torch.randn(2, 8), torch.randn(6, 8)
     expected = torch.nn.functional.linear(rows, weight)
     kept = len(packed._packs)
     torch.testing.assert_close(packed.product(rows, weight.requires_grad_()), expected)  # gradients are wanted
     with torch.no_grad():
-        told = packed.product(rows.to(dtype), weight.to(dtype))
-        assert torch.equal(told, torch.nn.functional.linear(rows.to(dtype), weight.to(dtype)))
+        assert torch.equal(
+            packed.product(rows.double(), weight.double()), nn.functional.linear(rows.double(), weight.double())
+        )
         assert len(packed._packs) == kept
         torch.testing.assert_close(packed.product(rows, weight), expected)
         assert len(packed._packs) == kept + 1
