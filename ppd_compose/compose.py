@@ -48,7 +48,8 @@ def compose(
         plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
         packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same results,
             up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. Weights
-            that are written later by way of `.data` are not seen.
+            that are written later by way of `.data` are not seen. On a CPU that does not multiply in half precision,
+            such as one without AVX-512, only this or `compile` makes several rows cheap for a base that is in it.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`. "regions" compiles layers
             that are alike once: sooner and in less memory, while each forward takes a millisecond longer. On one CUDA

@@ -6,6 +6,7 @@ Knows the ways and what each asks of a forward. Does not know trees.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from .compiled import compiled
 from .fixed import memory_of
 from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place, put_in_front
+from .kernels import is_slow
 from .packed import can_pack, is_packed, pack
 from .recorded import STEPS, Recordings, can_record, padded
 from .recorders import RECORDERS, Recorder
@@ -107,10 +109,20 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str)
     if packed or (compile and can_pack(model)):
         pack(model)
     if not compile:
+        _advise(model, packed)
         return Forward(model)
     twin: Any = object.__new__(type(base))
     twin.__dict__.update(vars(model))
     return Forward(twin, compiled=True, regions=compile == REGIONS)
+
+
+def _advise(model: Any, packed: bool) -> None:
+    if not packed and model.device.type == "cpu" and is_slow(model.dtype):
+        warnings.warn(
+            f"this CPU does not multiply in {model.dtype}, so every further row of a forward takes its time and little "
+            "can be gained: compose with packed=True or compile=True, which multiply in float32",
+            stacklevel=4,
+        )
 
 
 def forward_of(model: Any) -> Forward:

@@ -24,12 +24,17 @@ def can_multiply(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and not _native(dtype))
 
 
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether torch's own product in the half precision `dtype` takes a time here that grows with every row, where laid
+    out weights would not."""
+    return can_multiply(dtype) and not _native(dtype)
+
+
 def multiplier(weight: Tensor, bias: Tensor | None) -> Multiply:
     """What makes `rows @ weight.T + bias`, `[..., in]` to `[..., out]`, of rows of the weight's dtype.
 
-    Where the CPU does not multiply in a half precision, torch's own product takes a time that grows with every row.
-    There numbers are widened to float32 as they are multiplied: by FBGEMM, which keeps weights in float16, where that
-    holds all of them, else kept in float32.
+    Where the CPU does not multiply in a half precision, numbers are widened to float32 as they are multiplied: by
+    FBGEMM, which keeps weights in float16, where that holds all of them; else weights are kept in float32.
     """
     if _native(weight.dtype):
         return _by_onednn(weight, bias)

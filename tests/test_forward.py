@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -241,6 +242,19 @@ def test_weights_that_float16_cannot_hold_are_multiplied_as_exactly(scale, biase
     expected = nn.functional.linear(rows.double(), weight.double(), bias.double() if biased else None)
     assert told.dtype == torch.bfloat16
     torch.testing.assert_close(told.double(), expected, rtol=2**-8, atol=1e-5 * scale)
+
+
+@needs_packing
+def test_who_composes_where_further_rows_are_dear_is_told_the_way_out(monkeypatch):
+    monkeypatch.setattr(kernels, "_native", lambda dtype: dtype == torch.float32)
+    base = tiny(dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"does not multiply in torch.bfloat16.*packed=True or compile=True") as told:
+        compose(base)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compose(base, packed=True)
+        compose(tiny(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("native", [True, False])
