@@ -94,11 +94,11 @@ def pack(model: Any) -> None:
 
 
 def pack_layers(modules: nn.Module) -> None:
-    """Pack the plain linear layers of `modules`, which are where there are kernels for them."""
+    """Pack the plain linear layers of `modules`, which are on the CPU, whose dtype there are kernels for."""
     fresh: set[int] = set()
     for module in modules.modules():
         # A subclass computes something of its own, and so does a weight of another class, such as a quantised one.
-        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter and can_multiply(module.weight.dtype):
             module.__class__ = PackedLinear
             vars(module)["siblings"] = None
             fresh.add(id(module.weight))

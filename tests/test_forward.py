@@ -299,6 +299,13 @@ def test_layers_of_other_kinds_are_left_alone():
     assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, packed=True)), answer(base))
 
 
+@needs_packing
+def test_layers_of_a_dtype_without_kernels_are_left_alone():
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64)])
+    packed.pack_layers(layers)
+    assert [type(layer) for layer in layers] == [PackedLinear, nn.Linear]
+
+
 def test_what_cannot_be_packed_is_refused():
     with pytest.raises(ValueError, match=r"in torch.float64: leave packed=False"):
         compose(tiny(), packed=True)
