@@ -25,8 +25,8 @@ def can_multiply(dtype: torch.dtype) -> bool:
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether torch's own product in the half precision `dtype` takes a time here that grows with every row, where laid
-    out weights would not."""
+    """Whether torch's own product in the half precision `dtype` takes as long for every row here as for the first, and
+    that with laid out weights would not."""
     return can_multiply(dtype) and not _native(dtype)
 
 

@@ -80,14 +80,14 @@ class PackedLinear(nn.Linear):
 
 def pack(model: Any) -> None:
     """Pack all plain linear layers of `model`, whose submodules are its own. That takes as much memory again as their
-    weights, from the first forward on; weights that lie in a file, as they do where a base was loaded in the dtype of
-    its file, are left to it until somebody reads them.
+    weights, or twice as much where half precision is kept in float32, from the first forward on; weights that lie in a
+    file, as they do where a base was loaded in the dtype of its file, are left to it until somebody reads them.
 
     Raises `ValueError` where torch has no oneDNN, or `model` is not on the CPU in a dtype that is packed there.
     """
     if not can_pack(model):
         raise ValueError(
-            f"weights are packed for a CPU with oneDNN in float32, bfloat16 or, where it does not multiply in that "
+            "weights are packed for a CPU with oneDNN in float32, bfloat16 or, where it does not multiply in that "
             f"itself, float16; the base is on {model.device} in {model.dtype}: leave packed=False"
         )
     pack_layers(model)
