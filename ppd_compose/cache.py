@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .fixed import memory_of
-from .inplace import InPlaceLayer, count, counted, everywhere, in_place
+from .inplace import count, count_again, counted, everywhere, in_place, tokens
+from .written import InPlaceLayer
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 NAME, OLD_NAME = "cache", "past_key_values"  # of the KV cache, from transformers 5.24 on and before
@@ -91,14 +92,14 @@ def recording(cache: Cache) -> Iterator[None]:
 def undone(cache: Cache) -> Iterator[None]:
     """Where what is within breaks off, a forward or the commit after it, `cache` holds again what it held before. What
     they write in place stands behind that."""
-    layers, columns = _added_to(cache), counted(cache)
+    layers, told = _added_to(cache), tokens(cache)
     before = [dict(vars(layer)) for layer in layers]
     try:
         yield
     except BaseException:
         for layer, held in zip(layers, before, strict=True):
             vars(layer).update(held)
-        count(cache, columns - counted(cache))
+        count_again(cache, told)
         raise
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .inplace import InPlaceLayer, counted, in_place_layers
+from .inplace import counted, in_place_layers
 from .replayed import Recorded
+from .written import InPlaceLayer
 
 FEWEST = 512  # columns that there is room for
 

@@ -1,81 +1,25 @@
-"""Keys and values that a forward writes where they shall stay, instead of copying those of the whole context.
+"""A KV cache that a forward writes where its keys and values shall stay, instead of copying those of the whole context.
 
-Knows memory, how much of it counts, and columns in front of the context. Does not know trees or who sees what.
+Knows which layers can be, and that there is room in them. Does not know trees or who sees what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 128  # tokens by which the memory grows
-
-
-@dataclass(eq=False)
-class Extent:
-    """How many columns the layers of a cache hold; what stands behind them is written over."""
-
-    columns: int
-    front: int = 0  # of them, before those of the context
-    hidden: int = 0  # of those in front, kept from the next forward
-    everywhere: bool = False  # whether all layers of the cache have this one
-
-
-class InPlaceLayer(DynamicLayer):
-    """Stands in for a layer of transformers: `keys` and `values`, `[batch, heads, room, head_dim]`, are longer than
-    what they hold, so that a forward's own fit in behind."""
-
-    def __init__(self, layer: Any, extent: Extent) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layer, self.extent = layer, extent
-        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
-        self.front = 0  # columns of its memory before those of the context
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write them behind what counts, for which `make_room` has been called; all there is then but what is hidden,
-        `[..., columns, _]`.
-
-        They count when `count` is told: a compiled forward changes tensors and nothing else.
-        """
-        keys: Any = self.keys
-        values: Any = self.values
-        begin, hidden = self.extent.columns, self.extent.hidden
-        end = begin + key_states.shape[-2]
-        keys[:, :, begin:end] = key_states
-        values[:, :, begin:end] = value_states
-        return keys[:, :, hidden:end], values[:, :, hidden:end]
-
-    def get_seq_length(self) -> int:
-        """Columns that a forward sees before its own."""
-        return self.extent.columns - self.extent.hidden
-
-    def give_back(self) -> Any:
-        """The layer that this one stands in for, with what counts of the context."""
-        held: list[Any] = [self.keys, self.values]
-        tokens = self.extent.columns - self.extent.front
-        self.layer.keys, self.layer.values = (states.narrow(-2, self.front, tokens) for states in held)
-        return self.layer
-
-    def move_behind(self, keys: Tensor, values: Tensor) -> None:
-        """Let `keys` and `values` `[heads, columns, head_dim]` stand before the context."""
-        held: Any = {"keys": self.keys, "values": self.values}
-        front = {"keys": keys, "values": values}
-        states = {name: torch.cat([front[name][None].to(old), old], dim=-2) for name, old in held.items()}
-        vars(self).update(states, front=self.front + keys.shape[-2])  # at once: a call may be broken off anywhere
-        vars(self.layer).update(states)  # so that the old memory is free
+from .written import Extent, InPlaceLayer, WindowLayer
 
 
 @contextmanager
 def in_place(cache: Cache) -> Iterator[None]:
-    """Within, a forward writes into the memory of all layers that keep the whole context; afterwards they are
-    transformers' own again."""
+    """Within, a forward writes into the memory of all layers; afterwards they are transformers' own again."""
     try:
         lay_in_place(cache)
         yield
@@ -85,38 +29,41 @@ def in_place(cache: Cache) -> Iterator[None]:
 
 
 def lay_in_place(cache: Cache) -> None:
-    """Let forwards write into the memory of `cache` from now on, where its layers keep the whole context."""
+    """Let forwards write into the memory of `cache` from now on, where its layers hold all tokens, or the last ones of
+    a window."""
     layers: list[Any] = list(cache.layers)
-    extent = Extent(cache.get_seq_length())
-    cache.layers = [
-        InPlaceLayer(layer, extent)
-        if type(layer) is DynamicLayer and layer.get_seq_length() == extent.columns
-        else layer
-        for layer in layers
-    ]
+    length = cache.get_seq_length()
+    extents: dict[int | None, Extent] = {None: Extent(length)}
+    cache.layers = [_laid(layer, length, extents) for layer in layers]
     laid = in_place_layers(cache)
     for each in {layer.extent for layer in laid}:
         each.everywhere = len(laid) == len(layers) and all(layer.extent is each for layer in laid)
     make_room(cache, 1)
 
 
+def _laid(layer: Any, length: int, extents: dict[int | None, Extent]) -> Any:
+    """What stands in for `layer`, which shares its extent with others of the same window; itself where it holds nothing
+    or something else than the `length` tokens there are."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() != length:
+        return layer
+    if type(layer) is DynamicLayer:
+        return InPlaceLayer(layer, extents[None])
+    window, held = layer.sliding_window, layer.keys.shape[-2]
+    extent = Extent(held + 1, front=1, window=window, gone=length - held)
+    return WindowLayer(layer, extents.setdefault(window, extent))
+
+
 def make_room(cache: Cache, rows: int) -> None:
     """Let there be room for `rows` more, and for one that nobody fills."""
+    slid: dict[Extent, Extent] = {}
     for layer in in_place_layers(cache):
-        room, needed = layer.keys.shape[-2], layer.extent.columns + rows + 1
-        if room < needed:
-            more = ROOM * -(-needed // ROOM) - room
-            # What the layer stood in for holds the same, so that the old memory is free.
-            layer.keys = layer.layer.keys = _longer(layer.keys, more)
-            layer.values = layer.layer.values = _longer(layer.values, more)
-
-
-def _longer(states: Tensor, more: int) -> Tensor:
-    """`states` with room for `more` columns behind, which nobody has touched yet, so that they take no memory."""
-    *outer, columns, size = states.shape
-    longer = states.new_empty(*outer, columns + more, size)
-    longer[..., :columns, :] = states
-    return longer
+        extent = layer.extent
+        if layer.room >= extent.columns + rows + 1:
+            continue
+        if extent.stale:
+            layer.slide(slid.setdefault(extent, extent.slid()), rows + 1)
+        else:
+            layer.grow(rows + 1)
 
 
 def count(cache: Cache, rows: int) -> None:
@@ -130,11 +77,23 @@ def counted(cache: Cache) -> int:
     return max((extent.columns for extent in _extents(cache)), default=0)
 
 
+def tokens(cache: Cache) -> dict[int | None, int]:
+    """By window, how many tokens the layers have seen that are written in place."""
+    return {extent.window: extent.tokens for extent in _extents(cache)}
+
+
+def count_again(cache: Cache, before: Mapping[int | None, int]) -> None:
+    """Let as many count as `tokens` told before."""
+    for extent in _extents(cache):
+        extent.columns = before[extent.window] - extent.gone
+
+
 def put_in_front(cache: Cache, prefixes: Sequence[Tensor]) -> None:
     """Put `prefixes`, each `[layers, 2, key heads, columns, head_dim]`, one behind the other before all that the layers
-    hold that are written in place; a forward sees them like the context. Raises `ValueError` for one of other layers.
+    hold that keep the whole context, written in place; a forward sees them like the context. Raises `ValueError` for
+    one of other layers.
     """
-    layers = in_place_layers(cache)
+    layers = [layer for layer in in_place_layers(cache) if layer.extent.window is None]
     for prefix in prefixes:
         wanted = {(len(layers), 2, layer.keys.shape[1], prefix.shape[3], layer.keys.shape[3]) for layer in layers}
         if wanted != {tuple(prefix.shape)}:
@@ -142,15 +101,19 @@ def put_in_front(cache: Cache, prefixes: Sequence[Tensor]) -> None:
     whole = torch.cat(list(prefixes), dim=3)
     for layer, (keys, values) in zip(layers, whole, strict=True):
         layer.move_behind(keys, values)
-    for extent in _extents(cache):
+    for extent in {layer.extent for layer in layers}:
         extent.front += whole.shape[3]
         extent.columns += whole.shape[3]
 
 
-def hide_front(cache: Cache, hidden: bool) -> None:
-    """Keep what stands in front of the context from the forwards that follow, or show it."""
+def hide(cache: Cache, front: bool, stale: bool) -> None:
+    """Keep from the forwards that follow what stands in front of the whole context, and what is no longer in a window,
+    or show it."""
     for extent in _extents(cache):
-        extent.hidden = extent.front if hidden else 0
+        if extent.window is None:
+            extent.hidden = extent.front if front else 0
+        else:
+            extent.hidden = extent.front + extent.stale if stale else 0
 
 
 def everywhere(cache: Cache) -> Extent | None:

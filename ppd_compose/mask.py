@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -52,21 +53,23 @@ def layered_mask(
         front: bool `[batch, rows, more columns]`, of what stands before these in layers that keep the whole context.
     """
     layers: list[Any] = list(cache.layers)
-    windows = {layer.sliding_window if layer.is_sliding else None for layer in layers}
+    windows: dict[int | None, int] = {}  # how many columns their layers show
+    for layer in layers:
+        window = layer.sliding_window if layer.is_sliding else None
+        windows[window] = max(windows.get(window, 0), layer.get_mask_sizes(at.shape[1])[0])
     made = {
         "full_attention" if window is None else "sliding_attention": attention_mask(
-            model, _within(see, at, columns, window, front)[:, None]
+            model, _within(see, at, columns, window, shown, front)[:, None]
         )
-        for window in windows
+        for window, shown in windows.items()
     }
     return made if len(made) > 1 else next(iter(made.values()))
 
 
-def _within(see: Tensor, at: Tensor, columns: Tensor, window: int | None, front: Tensor | None) -> Tensor:
-    """Cut `see` to a sliding window: such a layer holds the last `window - 1` cached columns and the new ones. Without
-    one `front` comes first."""
+def _within(see: Tensor, at: Tensor, columns: Tensor, window: int | None, shown: int, front: Tensor | None) -> Tensor:
+    """Cut `see` to a sliding window, whose layers show the last `shown` columns: those before the first one of the
+    sequence mean nothing. Without a window `front` comes first."""
     if window is None:
         return see if front is None else torch.cat([front, see], dim=-1)
     near = at[:, :, None] - columns[:, None] < window
-    held = min(columns.shape[1] - at.shape[1], window - 1) + at.shape[1]
-    return (see & near)[..., -held:]
+    return pad(see & near, (shown - see.shape[-1], 0))

@@ -19,7 +19,7 @@ from transformers.utils import output_capturing
 from .cache import with_cache
 from .fixed import Memory, memory_of
 from .forward import Forward
-from .inplace import count, hide_front, make_room
+from .inplace import count, hide, make_room
 from .mask import layered_mask
 from .recorded import Told, play
 from .tree import Appended, Bools, Ints, TokenTree, ancestors, stacked_parents
@@ -174,7 +174,7 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
     front = rows.see_in_front(context)
     if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
         front = front[:, :0]
-    hide_front(cache, not front.shape[1])
+    hide(cache, front=not front.shape[1], stale=not forward.compiled)
     words = torch.from_numpy(rows.words()).to(forward.model.device)
     # For a compiled forward always embeddings: one graph serves all.
     plain = not rows.appended and not forward.compiled

@@ -311,11 +311,24 @@ def test_what_cannot_be_packed_is_refused():
         compose(tiny(), packed=True)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced and computed as they are, without code made for them, which takes most of the time: what they
+    take for given is decided before that."""
+    compile = torch.compile
+
+    def uncoded(run, *, options, **how):
+        kept = {name: held for name, held in options.items() if name == "guard_filter_fn"}
+        return compile(run, backend="eager", options=kept, **how)
+
+    monkeypatch.setattr(torch, "compile", uncoded)
+    monkeypatch.setattr(compiled, "_graphs", {})
+
+
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_compiled_forward_gives_the_tokens_of_the_base(dtype):
+def test_a_compiled_forward_gives_the_tokens_of_the_base():
     """With rows of prompt tokens and without, of two compositions, after a warm-up and for another length."""
-    base = tiny(dtype=dtype)
+    base = tiny(dtype=torch.float32)
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     model.warmup()
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -333,12 +346,19 @@ WAYS = {
 }  # fmt: skip
 
 
-@needs_compiler
+# Tracing takes as long for each layer, and of Mixtral for each expert.
+FEW_LAYERS = {
+    "gpt2": {"n_layer": 2},
+    "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": {"num_hidden_layers": 2, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
 @pytest.mark.parametrize("family", WAYS)
-def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_other(family, monkeypatch):
-    monkeypatch.setattr(regions, "MOST", 1)  # three regions
+def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_other(family, monkeypatch, traced):
+    monkeypatch.setattr(regions, "MOST", 1)  # several regions
     monkeypatch.setattr(compiled, "_refused", refused := set())
-    base = tiny(family)
+    base = tiny(family, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
     model = compose(base, Oracle(answer(base)[0].tolist()), prompt_tokens(), budget=12, compile="regions")
     assert torch.equal(answer(model), answer(base))
     assert sorted(way for way, _ in refused) == WAYS[family]
@@ -346,23 +366,20 @@ def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_o
         assert torch.equal(answer(model), answer(base))
 
 
-@needs_compiler
-def test_experts_that_a_router_calls_are_not_taken_for_those_of_another_layer():
-    base = tiny("mixtral")
+def test_experts_that_a_router_calls_are_not_taken_for_those_of_another_layer(traced):
+    base = tiny("mixtral", **FEW_LAYERS["mixtral"])
     assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base))
 
 
-@needs_compiler
 @pytest.mark.parametrize("way", [True, "regions"])
-def test_models_of_a_class_that_are_built_otherwise_share_no_graph(way):
+def test_models_of_a_class_that_are_built_otherwise_share_no_graph(way, traced):
     for change in ({}, {"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
-        base = tiny(dtype=torch.float32, **change)
+        base = tiny(dtype=torch.float32, num_hidden_layers=2, **change)
         assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=way)), answer(base)), change
 
 
-@needs_compiler
 @pytest.mark.parametrize("way", [True, "regions"])
-def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call(way):
+def test_what_is_set_in_a_compiled_composition_is_seen_at_the_next_call(way, traced):
     base, changed = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
     model = compose(base, prompt_tokens(), budget=12, compile=way)
     assert torch.equal(answer(model), answer(base))
@@ -401,9 +418,8 @@ def patched(base):
     mlp.forward = MethodType(lambda self, rows: -type(self).forward(self, rows), mlp)
 
 
-@needs_compiler
 @pytest.mark.parametrize("change", [turned, patched])
-def test_modules_that_were_tampered_with_share_no_graph(change):
+def test_modules_that_were_tampered_with_share_no_graph(change, traced):
     plain, other = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
     model = compose(plain, prompt_tokens(), budget=12, compile=True)
     assert torch.equal(answer(model), answer(plain))
@@ -425,8 +441,7 @@ def test_no_hook_gets_the_number_of_one_that_is_gone():
     assert _built(base) == built
 
 
-@needs_compiler
-def test_adapters_that_are_switched_or_merged_share_no_graph():
+def test_adapters_that_are_switched_or_merged_share_no_graph(traced):
     base = tiny(dtype=torch.float32)
     settings = LoraConfig(
         r=4, lora_alpha=32, init_lora_weights=False, inference_mode=True, target_modules=["down_proj"]
@@ -459,14 +474,24 @@ def test_a_base_whose_forward_was_replaced_is_not_compiled():
 
 @needs_compiler
 def test_a_compiled_forward_keeps_to_sliding_windows():
-    base = tiny("gemma3", dtype=torch.float64)
+    base = tiny("gemma3", dtype=torch.float64, **FEW_LAYERS["gemma3"])
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     assert torch.equal(answer(model, prompt(30)), answer(base, prompt(30)))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_one_graph_serves_windows_before_and_after_they_fill(family, traced):
+    base = tiny(family, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    model.warmup()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (5, 12, 16, 30, 60):
+            assert torch.equal(answer(model, prompt(length)), answer(base, prompt(length)))
+
+
 @needs_compiler
 def test_a_compiled_forward_pads_a_lonely_row():
-    base = tiny(dtype=torch.float64)
+    base = tiny(dtype=torch.float32)
     model = compose(base, budget=1, compile=True)
     out = answer(model, return_dict_in_generate=True)
     assert torch.equal(out.sequences, answer(base))

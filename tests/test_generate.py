@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.mllama import MllamaTextConfig
 
-from ppd_compose import PromptTokens, compose, inplace, verify
+from ppd_compose import PromptTokens, compose, hookimpl, verify, written
 from ppd_compose.cache import GENERATE_NAME, with_cache
 from ppd_compose.decode import Decoding
 from ppd_compose.stopping import Stops
@@ -444,7 +444,7 @@ def test_a_cache_that_finds_no_room_is_left_as_transformers_made_it(monkeypatch)
     base, model, ids = pair()
     cache = DynamicCache(config=base.config)
     with monkeypatch.context() as patch:
-        patch.setattr(inplace, "_longer", full)
+        patch.setattr(written, "_longer", full)
         with pytest.raises(MemoryError):
             model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False)
     longer = torch.cat([ids, prompt(3, seed=1)], dim=1)
@@ -453,11 +453,35 @@ def test_a_cache_that_finds_no_room_is_left_as_transformers_made_it(monkeypatch)
     assert torch.equal(base.generate(longer, **{GENERATE_NAME: cache}, **settings), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("room", [1, 8, 64])
-def test_memory_for_keys_and_values_grows_with_the_answer(room, monkeypatch):
-    monkeypatch.setattr(inplace, "ROOM", room)
-    base, model, ids = pair(tokens=100)
-    same(base, model, ids, max_new_tokens=100, do_sample=False)
+def test_memory_for_keys_and_values_grows_with_the_answer_and_forgets_what_left_a_window(room, family, monkeypatch):
+    monkeypatch.setattr(written, "ROOM", room)
+    base, model, ids = pair(family, tokens=100)
+    settings = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True}
+    told, expected = model.generate(ids, **settings), base.generate(ids, **settings)
+    assert torch.equal(told.sequences, expected.sequences)
+    for mine, theirs in zip(told[GENERATE_NAME].layers, expected[GENERATE_NAME].layers, strict=True):
+        assert type(mine) is type(theirs)
+        assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+
+
+def test_memory_for_a_window_does_not_grow_with_the_answer(monkeypatch):
+    monkeypatch.setattr(written, "ROOM", 8)
+    rooms = set()
+
+    class Watch:
+        @hookimpl
+        def observe(self, step):
+            rooms.update(layer.room for layer in cache.layers)
+
+    base = tiny("mistral")
+    cache = DynamicCache(config=base.config)
+    model = compose(base, prompt_tokens(), budget=6, plugins=[Watch()])
+    model.generate(prompt(), **{GENERATE_NAME: cache}, max_new_tokens=100, do_sample=False)
+    assert max(rooms) <= 1 + 15 + 2 * 8
 
 
 def test_only_the_new_tokens_of_a_chat():

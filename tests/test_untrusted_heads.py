@@ -36,7 +36,7 @@ def everything_in(folder):
 def test_mutated_heads_load_or_are_refused_in_words(tmp_path, monkeypatch, kind):
     """No crash, no code executed, nothing written."""
     monkeypatch.chdir(tmp_path)
-    folder, dice, refused = tmp_path / "heads", random.Random(1), []
+    base, folder, dice, refused = tiny(), tmp_path / "heads", random.Random(1), []
     HEADS[kind]().save_pretrained(folder, **LAYOUTS.get(kind, {}))
     whole = everything_in(folder)
     tensors = next(name for name in whole if name.endswith(".safetensors"))
@@ -53,7 +53,7 @@ def test_mutated_heads_load_or_are_refused_in_words(tmp_path, monkeypatch, kind)
         for name, content in changed.items():
             (folder / name).write_bytes(content)
         try:
-            compose(tiny(), load_drafter(folder), budget=8)
+            compose(base, load_drafter(folder), budget=8)
         except (ValueError, OSError) as error:
             refused.append(str(error))
         assert set(everything_in(folder)) == set(whole)
