@@ -46,6 +46,8 @@ class InPlaceLayer(DynamicLayer):
     """Stands in for a layer of transformers: `keys` and `values`, `[batch, heads, room, head_dim]`, are longer than
     what they hold, so that a forward's own fit in behind."""
 
+    spare = 0  # columns of its memory beyond what it asks for
+
     def __init__(self, layer: Any, extent: Extent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer, self.extent = layer, extent
@@ -79,7 +81,7 @@ class InPlaceLayer(DynamicLayer):
     def grow(self, rows: int) -> None:
         """Let there be room for `rows` more."""
         needed = self.extent.columns + rows
-        more = ROOM * -(-needed // ROOM) - self.room
+        more = ROOM * -(-needed // ROOM) + self.spare - self.room
         held: Any = {"keys": self.keys, "values": self.values}
         self._take({name: _longer(old, more) for name, old in held.items()})
 
@@ -106,11 +108,13 @@ class InPlaceLayer(DynamicLayer):
 class WindowLayer(InPlaceLayer):
     """Stands in for a layer with a sliding window. Columns that have left it stay until their room is needed.
 
-    One column more stands in front of all and is seen by none: a graph that is compiled while no token has left would
-    else take the numbers of columns here and in layers that keep the whole context to be the same for ever.
+    One column more stands in front of all and is seen by none, and its memory has one more: a graph that is compiled
+    while no token has left would else take the numbers of columns here and in layers that keep the whole context to be
+    the same for ever.
     """
 
     is_sliding = True
+    spare = 1
 
     def __init__(self, layer: Any, extent: Extent) -> None:
         super().__init__(layer, extent)

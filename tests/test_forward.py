@@ -18,7 +18,19 @@ from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
 
-from ppd_compose import Budget, TokenTree, compiled, compose, grouped, hookimpl, kernels, measured, packed, regions
+from ppd_compose import (
+    Budget,
+    TokenTree,
+    compiled,
+    compose,
+    grouped,
+    hookimpl,
+    kernels,
+    measured,
+    packed,
+    regions,
+    written,
+)
 from ppd_compose.cache import GENERATE_NAME, commit, recording, with_cache
 from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
@@ -480,7 +492,8 @@ def test_a_compiled_forward_keeps_to_sliding_windows():
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_one_graph_serves_windows_before_and_after_they_fill(family, traced):
+def test_one_graph_serves_windows_before_and_after_they_fill(family, traced, monkeypatch):
+    monkeypatch.setattr(written, "ROOM", 40)
     base = tiny(family, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     model.warmup()
