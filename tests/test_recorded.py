@@ -152,12 +152,12 @@ def beside(base):
 def test_what_drafters_compute_is_recorded_too_and_is_the_same(name, taped):
     """With and without an oracle, whose paths EAGLE grows and by which several tokens are taken up at a time."""
     base = tiny()
-    how = {"max_new_tokens": 60, "do_sample": False}
+    how = {"max_new_tokens": 45, "do_sample": False}
     told = {}
     for compile in (False, True):
         drafter, trees = beside(base)[name], []
         watch = Proposed(trees)
-        for others in ([], [Oracle(answer(base, tokens=60)[0].tolist(), lie=4)]):
+        for others in ([], [Oracle(answer(base, tokens=45)[0].tolist(), lie=4)]):
             model = compose(base, drafter, *others, budget=16, compile=compile, plugins=[watch, AlwaysAsk()])
             for seed in (0, 1):
                 ids = prompt(seed=seed)
