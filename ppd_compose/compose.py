@@ -53,8 +53,8 @@ def compose(
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`. "regions" compiles layers
             that are alike once: sooner and in less memory, while each forward takes a millisecond longer. On one CUDA
-            device they are recorded then in a few sizes, as CUDA graphs, unless layers have windows. Modules that
-            are replaced or set otherwise in the midst of a generation are seen at the next one.
+            device they are recorded then in a few sizes, as CUDA graphs. Modules that are replaced or set otherwise in
+            the midst of a generation are seen at the next one.
         calibration: how far the drafters' claims can be believed: a file that `save_calibration` of a composition of
             the same drafters wrote, or what it holds. Learnt anew while decoding when None.
 

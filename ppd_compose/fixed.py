@@ -15,7 +15,7 @@ from transformers import Cache
 
 from .inplace import counted, in_place_layers
 from .replayed import Recorded
-from .written import InPlaceLayer
+from .written import Extent, InPlaceLayer, WindowLayer
 
 FEWEST = 512  # columns that there is room for
 
@@ -31,6 +31,7 @@ class Memory:
         self.recorded = recorded
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
+        self.windows: list[int | None] = []  # that the layers have; here all lie whole, and masks cut them
         self.cache: Any = None  # whose layers these are at the time
         # Of the forward that is being computed: where its own go `[rows]`, and how many columns it sees.
         self.places, self.seen = torch.zeros(0, dtype=torch.long), 0
@@ -48,12 +49,14 @@ class Memory:
     def take_in(self, cache: Cache, visible: Tensor) -> None:
         """Copy what the layers of `cache` hold, all of them written in place, and let these layers be its own."""
         layers = in_place_layers(cache)
-        self._make(layers, counted(cache))
+        extent = _extent(layers)
+        self.windows = list({layer.extent.window: None for layer in layers})
+        self._make(layers, extent.columns)
         for stack in self.stacks.values():
             stack.zero_()  # a hidden column counts nothing only where it holds a number
         self.visible.fill_(True)
-        self.visible[layers[0].extent.front :][: len(visible)] = visible.to(self.visible.device)
-        mine = [FixedLayer(layer, self) for layer in layers]
+        self.visible[extent.front :][: len(visible)] = visible.to(self.visible.device)
+        mine = [FixedLayer(layer, self, extent) for layer in layers]
         for layer, (keys, values) in zip(mine, self._views(layers), strict=True):
             layer.keys, layer.values = keys, values
             layer.take_in()
@@ -103,29 +106,42 @@ class Memory:
 
 
 class FixedLayer(InPlaceLayer):
-    """Stands in for a layer that is written in place: its keys and values lie in a `Memory`."""
+    """Stands in for a layer that is written in place: its keys and values lie in a `Memory`.
 
-    def __init__(self, inner: InPlaceLayer, memory: Memory) -> None:
-        super().__init__(inner.layer, inner.extent)
+    Args:
+        extent: how many columns count there, in all layers alike.
+    """
+
+    def __init__(self, inner: InPlaceLayer, memory: Memory, extent: Extent) -> None:
+        super().__init__(inner.layer, extent)
         self.inner, self.memory, self.front = inner, memory, inner.front
 
     def take_in(self) -> None:
-        """Copy what the layer held that this one stands in for."""
-        held = self.extent.columns
+        """Copy what the layer held that this one stands in for, of a window what is left of it."""
+        begin, end = self.inner.extent.front if self._slides else 0, self.inner.extent.columns
         for name in ("keys", "values"):
             theirs, mine = getattr(self.inner, name), getattr(self, name)
-            mine[..., :held, :] = theirs[..., :held, :]
+            mine[..., self.extent.columns - (end - begin) : self.extent.columns, :] = theirs[..., begin:end, :]
 
     def let_go(self) -> None:
-        """Let the layer that this one stands in for hold what this one does, so that its own memory is free."""
-        for layer in (self.inner, self.layer):
+        """Let the layer that this one stands in for hold what this one does, so that its own memory is free; that of a
+        window is small, and counted otherwise."""
+        for layer in () if self._slides else (self.inner, self.layer):
             layer.keys, layer.values = self.keys, self.values
 
     def moved_out(self) -> InPlaceLayer:
         """The layer that this one stands in for, with a copy of what counts."""
         held: Any = {"keys": self.keys, "values": self.values}
-        vars(self.inner).update({name: states[..., : self.extent.columns, :].clone() for name, states in held.items()})
+        if isinstance(self.inner, WindowLayer):
+            self.inner.refill(held, self.extent.columns, self.extent.columns - self.extent.front)
+        else:
+            copies = {name: states[..., : self.extent.columns, :].clone() for name, states in held.items()}
+            vars(self.inner).update(copies)
         return self.inner
+
+    @property
+    def _slides(self) -> bool:
+        return isinstance(self.inner, WindowLayer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write them where the memory says; of all that it holds as many columns as it says."""
@@ -134,6 +150,12 @@ class FixedLayer(InPlaceLayer):
         keys.index_copy_(2, self.memory.places, key_states)
         values.index_copy_(2, self.memory.places, value_states)
         return keys[:, :, : self.memory.seen], values[:, :, : self.memory.seen]
+
+
+def _extent(layers: Sequence[Any]) -> Extent:
+    """How many columns count of `layers` where those of windows hold all that the others do."""
+    whole: Extent | None = next((layer.extent for layer in layers if layer.extent.window is None), None)
+    return whole or Extent(layers[0].get_seq_length())
 
 
 def memory_of(cache: Cache) -> Memory | None:

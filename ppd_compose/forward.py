@@ -20,7 +20,7 @@ from .cache import leave_a_gap
 from .compiled import compiled
 from .fixed import memory_of
 from .grouped import group, grouped
-from .inplace import everywhere, in_place_layers, lay_in_place, put_in_front
+from .inplace import in_place_layers, lay_in_place, put_in_front
 from .kernels import is_slow
 from .packed import can_pack, is_packed, pack
 from .recorded import STEPS, Recordings, can_record, padded
@@ -61,14 +61,13 @@ class Forward:
             leave_a_gap(cache)
         if prefixes:
             put_in_front(cache, prefixes)
-        extent = everywhere(cache)
-        fixed = self.recorded and extent is not None and extent.window is None
+        fixed = self.recorded and len(in_place_layers(cache)) == len(cache.layers)
         with self.recordings.lent(self.model, cache, visible) if fixed else nullcontext():
             yield
 
     @property
     def recorded(self) -> bool:
-        """Whether forwards are recorded where the model is now, unless their KV cache has windows."""
+        """Whether forwards are recorded where the model is now."""
         return self.compiled and can_record(self.model)
 
     @property

@@ -19,7 +19,7 @@ from .written import Extent, InPlaceLayer, WindowLayer
 
 @contextmanager
 def in_place(cache: Cache) -> Iterator[None]:
-    """Within, a forward writes into the memory of all layers; afterwards they are transformers' own again."""
+    """Within, a forward writes into the memory of the layers; afterwards they are transformers' own again."""
     try:
         lay_in_place(cache)
         yield

@@ -5,6 +5,7 @@ Knows what sdpa and eager want, and windows. Does not know trees: it is told who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,24 +53,33 @@ def layered_mask(
         columns: int64 `[batch, columns]`, that of each cached or new column.
         front: bool `[batch, rows, more columns]`, of what stands before these in layers that keep the whole context.
     """
-    layers: list[Any] = list(cache.layers)
-    windows: dict[int | None, int] = {}  # how many columns their layers show
-    for layer in layers:
-        window = layer.sliding_window if layer.is_sliding else None
-        windows[window] = max(windows.get(window, 0), layer.get_mask_sizes(at.shape[1])[0])
+    layers: list[Any] = sorted(cache.layers, key=lambda layer: bool(layer.is_initialized))  # the last ones tell
+    kinds = {layer.sliding_window if layer.is_sliding else None: layer for layer in layers}
+    return masks(
+        model,
+        {
+            window: (_with_front(see, front) if window is None else _within(see, at, columns, layer))[:, None]
+            for window, layer in kinds.items()
+        },
+    )
+
+
+def masks(model: PreTrainedModel, see: Mapping[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
+    """What `model` takes as the mask of one forward, of what rows see in layers of each window, None: without one."""
     made = {
-        "full_attention" if window is None else "sliding_attention": attention_mask(
-            model, _within(see, at, columns, window, shown, front)[:, None]
-        )
-        for window, shown in windows.items()
+        "full_attention" if window is None else "sliding_attention": attention_mask(model, seen)
+        for window, seen in see.items()
     }
     return made if len(made) > 1 else next(iter(made.values()))
 
 
-def _within(see: Tensor, at: Tensor, columns: Tensor, window: int | None, shown: int, front: Tensor | None) -> Tensor:
-    """Cut `see` to a sliding window, whose layers show the last `shown` columns: those before the first one of the
-    sequence mean nothing. Without a window `front` comes first."""
-    if window is None:
-        return see if front is None else torch.cat([front, see], dim=-1)
-    near = at[:, :, None] - columns[:, None] < window
+def _with_front(see: Tensor, front: Tensor | None) -> Tensor:
+    return see if front is None else torch.cat([front, see], dim=-1)
+
+
+def _within(see: Tensor, at: Tensor, columns: Tensor, layer: Any) -> Tensor:
+    """Cut `see` to the window of `layer`, and to the columns that it shows: the last ones, where those before the first
+    of the sequence mean nothing."""
+    near = at[:, :, None] - columns[:, None] < layer.sliding_window
+    shown, _ = layer.get_mask_sizes(at.shape[1])
     return pad(see & near, (shown - see.shape[-1], 0))

@@ -20,7 +20,7 @@ from transformers import Cache
 from .cache import with_cache
 from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
-from .mask import attention_mask
+from .mask import masks
 from .recorders import RECORDERS
 from .replayed import Lendings, Recorded
 from .tree import Bools, Ints
@@ -185,21 +185,35 @@ def _forward(
 ) -> Said:
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
-    begin, _, positions, see, front = told.parts()
+    begin, _, positions, *_ = told.parts()
     memory.places, memory.seen = begin + torch.arange(told.own - told.rows, told.own, device=begin.device), columns
-    at = torch.arange(columns, device=begin.device) - begin  # which of those behind what all see
-    mine = see.gather(1, at.clamp(0, told.own - 1).expand(told.rows, -1)) & (at >= 0) & (at < told.own)
-    before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)
-    before = torch.cat([front, before[:, told.front :]], dim=1)
     out = model(
         inputs_embeds=embeddings,
-        attention_mask=attention_mask(model, (before | mine)[None, None]),
+        attention_mask=masks(model, _seen_by(memory, told, columns)),
         position_ids=positions[None],
         **with_cache(model, memory.cache),
         return_dict=True,
         **wanted,
     )
     return Said(out.logits, out.hidden_states, out.logits[0].argmax(-1))
+
+
+def _seen_by(memory: Memory, told: Told, columns: int) -> dict[int | None, Tensor]:
+    """Which columns the rows see in layers of each window `[1, 1, rows, columns]`; with one none of those in front."""
+    begin, _, _, see, front = told.parts()
+    at = torch.arange(columns, device=begin.device) - begin  # which of those behind what all see
+    inside, own = (at >= 0) & (at < told.own), at.clamp(0, told.own - 1)
+    mine = see.gather(1, own.expand(told.rows, -1)) & inside
+    before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)[:, told.front :]
+    seen_by: dict[int | None, Tensor] = {}
+    for window in memory.windows:
+        if window is None:
+            seen_by[None] = (torch.cat([front, before], dim=1) | mine)[None, None]
+        else:  # there all columns behind what all see are the rows' own, and stand as deep as these
+            depths = see.sum(1) - 1
+            near = depths[:, None] - torch.where(inside, depths[own], at) < window
+            seen_by[window] = ((torch.cat([torch.zeros_like(front), before], dim=1) | mine) & near)[None, None]
+    return seen_by
 
 
 def _fixed(value: Any) -> Hashable:

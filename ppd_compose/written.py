@@ -6,6 +6,7 @@ who sees what.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,6 +138,12 @@ class WindowLayer(InPlaceLayer):
         stale, more = self.extent.columns - extent.columns, max(rows, ROOM)
         states = {name: _longer(old.narrow(-2, stale, extent.columns), more) for name, old in held.items()}
         self._take(states, extent=extent)
+
+    def refill(self, held: Mapping[str, Tensor], columns: int, tokens: int) -> None:
+        """Hold copies of the last of `tokens` tokens, whose keys and values end with the column `columns` of `held`."""
+        kept = min(tokens, self.sliding_window - 1)
+        states = {name: pad(old.narrow(-2, columns - kept, kept), (0, 0, 1, 0)) for name, old in held.items()}
+        self._take(states, extent=Extent(kept + 1, front=1, window=self.sliding_window, gone=tokens - kept))
 
     def give_back(self) -> Any:
         """The layer that this one stands in for, with what counts of its window, as it keeps it."""

@@ -1,10 +1,12 @@
-"""One thread and a cache of its own for every test run, and a Hub for those that share."""
+"""One thread and a cache of its own for every test run, a Hub for those that share, and graphs without code."""
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import close_session, constants
 from loopback import TOKEN, Hub
+
+from ppd_compose import compiled
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,3 +37,17 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # clients wait before they try again
         yield served
         close_session()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced and computed as they are, without code made for them, which takes most of the time: what they
+    take for given is decided before that."""
+    compile = torch.compile
+
+    def uncoded(run, *, options, **how):
+        kept = {name: held for name, held in options.items() if name == "guard_filter_fn"}
+        return compile(run, backend="eager", options=kept, **how)
+
+    monkeypatch.setattr(torch, "compile", uncoded)
+    monkeypatch.setattr(compiled, "_graphs", {})

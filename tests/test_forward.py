@@ -323,20 +323,6 @@ def test_what_cannot_be_packed_is_refused():
         compose(tiny(), packed=True)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs are traced and computed as they are, without code made for them, which takes most of the time: what they
-    take for given is decided before that."""
-    compile = torch.compile
-
-    def uncoded(run, *, options, **how):
-        kept = {name: held for name, held in options.items() if name == "guard_filter_fn"}
-        return compile(run, backend="eager", options=kept, **how)
-
-    monkeypatch.setattr(torch, "compile", uncoded)
-    monkeypatch.setattr(compiled, "_graphs", {})
-
-
 @needs_compiler
 def test_a_compiled_forward_gives_the_tokens_of_the_base():
     """With rows of prompt tokens and without, of two compositions, after a warm-up and for another length."""

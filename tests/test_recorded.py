@@ -11,7 +11,7 @@ from ppd_compose.integrations.eagle import kept
 from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_eagle import eagle
-from test_forward import needs_compiler
+from test_forward import FEW_LAYERS, needs_compiler
 from test_medusa import random_heads
 from test_prefix import with_prefix
 from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StoppingCriteria
 
-from ppd_compose import compose, fixed, forward, hookimpl, recorded, recorders
+from ppd_compose import PromptTokens, compose, fixed, forward, hookimpl, recorded, recorders
 from ppd_compose import replayed as replayed_module
 from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.cache import GENERATE_NAME
+from ppd_compose.prefix import prefix_shape
 from ppd_compose.replayed import Recorded, Replayed
 
 
@@ -112,12 +113,40 @@ def test_what_was_recorded_gives_the_tokens_of_the_base(family, attention, taped
     assert Tape.played > 10
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_windows_are_not_recorded(family, taped):
-    base = tiny(family)
-    model = compose(base, prompt_tokens(), budget=12, compile=True)
-    assert torch.equal(answer(model), answer(base))
-    assert not memories(model)
+WINDOWS = [("gemma2", False), ("gemma2", True), ("gemma3", False), ("gemma3", True), ("mistral", False)]
+
+
+@pytest.mark.parametrize("length", [5, 30])
+@pytest.mark.parametrize(("family", "prefix"), WINDOWS)
+def test_windows_are_recorded_and_given_back(family, prefix, length, taped):
+    """Before they fill and after, with padding, and for another turn."""
+    base, padding = tiny(family, attention="eager" if family == "gemma2" else "sdpa"), 3
+    if family == "gemma2":
+        padding = 0  # the base itself says NaN behind padding, in eager attention
+    ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), prompt(length)], dim=1)
+    how = {"attention_mask": (ids != 0).long(), "do_sample": False, "return_dict_in_generate": True}
+    expected = base.generate(ids, max_new_tokens=40, **how)
+    oracle = Oracle(expected.sequences[0, padding:].tolist(), lie=3)
+    model = compose(base, windowed(base) if prefix else prompt_tokens(), oracle, budget=20, compile=True)
+    told = model.generate(ids, max_new_tokens=40, **how)
+    assert torch.equal(told.sequences, expected.sequences)
+    for mine, theirs in zip(told[GENERATE_NAME].layers, expected[GENERATE_NAME].layers, strict=True):
+        assert type(mine) is type(theirs)
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-5)
+        assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+    more = {"attention_mask": (expected.sequences != 0).long(), "max_new_tokens": 10, "do_sample": False}
+    goes_on = [
+        m.generate(expected.sequences, **continuing(turn), **more) for m, turn in ((model, told), (base, expected))
+    ]
+    assert torch.equal(*goes_on)
+    assert Tape.played > 10
+
+
+def windowed(base):
+    """Prompt tokens with a prefix in those layers of `base` that keep the whole context."""
+    dice = torch.Generator().manual_seed(0)
+    shape = prefix_shape(base, 2)
+    return PromptTokens(torch.randn(2, 2, 32, generator=dice), prefix=torch.randn(shape, generator=dice))
 
 
 def test_all_drafters_with_prefix_padding_and_chunks(taped):
@@ -456,6 +485,16 @@ def test_what_a_plugin_keeps_of_a_forward_is_not_written_over(taped):
     answer(compose(tiny(), prompt_tokens(), budget=12, plugins=[keeps], compile=True))
     assert Tape.played > 10
     assert all(torch.equal(kept, then) for kept, then in keeps.kept)
+
+
+def test_one_graph_of_fixed_sizes_serves_windows(traced, monkeypatch):
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda device: lambda run: run)
+    base = tiny("gemma3", **FEW_LAYERS["gemma3"])
+    model = compose(base, prompt_tokens(), budget=12, compile=True)
+    assert torch.equal(answer(model), answer(base))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (5, 50):
+            assert torch.equal(answer(model, prompt(length)), answer(base, prompt(length)))
 
 
 @needs_compiler

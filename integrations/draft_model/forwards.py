@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ppd_compose.cache import with_cache
 from ppd_compose.fixed import memory_of
 from ppd_compose.inplace import count, counted, lay_in_place
-from ppd_compose.mask import attention_mask
+from ppd_compose.mask import masks
 from ppd_compose.recorded import MANY, Told, padded, play
 from ppd_compose.tree import Ints, ancestors
 
@@ -136,13 +136,13 @@ class Forwards:
         apart = depths[old:, None] - np.concatenate([np.arange(-length, 0), depths])
         see = np.concatenate([np.ones((rows - old, length), bool), see[old:]], axis=1)
         front = np.broadcast_to(np.arange(len(see))[:, None] >= len(see) - prompts, (len(see), self.front))
-        masks = {
-            "full_attention" if window is None else "sliding_attention": self._mask(
-                np.concatenate([front, see], axis=1) if window is None else see & (apart < window)
-            )
-            for window in self.windows
-        }
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        mask = masks(
+            self.model,
+            {
+                window: self._seen(np.concatenate([front, see], axis=1) if window is None else see & (apart < window))
+                for window in self.windows
+            },
+        )
         return {"position_ids": self._on(self._standing(length, depths[old:])), "attention_mask": mask}
 
     def _standing(self, length: int, depths: Ints) -> Ints:
@@ -151,8 +151,8 @@ class Forwards:
         at: Ints = length + depths
         return at if self.positions is None else at.clip(max=self.positions - 1)
 
-    def _mask(self, see: Any) -> Tensor:
-        return attention_mask(self.model, torch.from_numpy(see)[None, None]).to(self.model.device)
+    def _seen(self, see: Any) -> Tensor:
+        return torch.from_numpy(see)[None, None].to(self.model.device)
 
     def _on(self, positions: Ints) -> Tensor:
         return torch.from_numpy(positions)[None].to(self.model.device)
