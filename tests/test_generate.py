@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.mllama import MllamaTextConfig
 
-from ppd_compose import PromptTokens, compose, hookimpl, verify, written
+from ppd_compose import PromptTokens, compose, hookimpl, inplace, verify, written
 from ppd_compose.cache import GENERATE_NAME, with_cache
 from ppd_compose.decode import Decoding
 from ppd_compose.stopping import Stops
@@ -362,6 +362,31 @@ def test_an_interrupt_anywhere_behind_a_forward_leaves_a_cache_to_go_on_from(fam
         assert cache.get_seq_length() < said(streamer).shape[1]
         goes_on(base, model, cache, streamer)
     assert line > 50
+
+
+class WhileRoomIsMade(Interruption):
+    """The same in what makes room for keys and values, from the third forward on."""
+
+    parts = (inplace.make_room, written.WindowLayer.slide, written.InPlaceLayer.grow, written.InPlaceLayer._take)
+
+    def called(self, frame, event, _):
+        self.takes += self.takes < 3 and frame.f_code is inplace.make_room.__code__
+        return self.ran if self.takes == 3 and frame.f_code in [part.__code__ for part in self.parts] else None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_an_interrupt_while_room_is_made_leaves_a_cache_to_go_on_from(family, monkeypatch):
+    monkeypatch.setattr(written, "ROOM", 8)  # so that windows slide
+    base, ids = tiny(family), prompt(30)
+    model = compose(base, prompt_tokens(), Oracle(base.generate(ids, max_new_tokens=40)[0].tolist(), lie=3), budget=32)
+    for line in range(1, 500, 11):
+        cache, streamer, interruption = DynamicCache(config=base.config), Recorder(), WhileRoomIsMade(line)
+        with suppress(KeyboardInterrupt), interruption:
+            model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
+        if not interruption.happened:
+            break
+        goes_on(base, model, cache, streamer)
+    assert 50 < line < 495
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
