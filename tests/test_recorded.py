@@ -533,8 +533,8 @@ def test_cuda_graphs_draft_what_launched_forwards_do(name):
 @pytest.mark.parametrize("family", [*FULL, "gemma3", "mistral"])
 def test_cuda_graphs_give_the_tokens_of_the_base(family):
     base = tiny(family).to("cuda")
-    tokens = with_prefix(base) if family in FULL else prompt_tokens()
-    model = compose(base, tokens, Oracle(answer(base, prompt().cuda())[0].tolist()), budget=12, compile=True)
+    drafter = with_prefix(base) if family in FULL else prompt_tokens()
+    model = compose(base, drafter, Oracle(answer(base, prompt().cuda())[0].tolist()), budget=12, compile=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "forwards of .* cannot be recorded")
         for tokens in (30, 100):
