@@ -132,11 +132,8 @@ class FixedLayer(InPlaceLayer):
     def moved_out(self) -> InPlaceLayer:
         """The layer that this one stands in for, with a copy of what counts."""
         held: Any = {"keys": self.keys, "values": self.values}
-        if isinstance(self.inner, WindowLayer):
-            self.inner.refill(held, self.extent.columns, self.extent.columns - self.extent.front)
-        else:
-            copies = {name: states[..., : self.extent.columns, :].clone() for name, states in held.items()}
-            vars(self.inner).update(copies)
+        counts = {name: states[..., : self.extent.columns, :] for name, states in held.items()}
+        self.inner.refill(counts, self.extent.front)
         return self.inner
 
     @property

@@ -119,7 +119,7 @@ def in_regions(model: Any, kind: Callable[[Any], Hashable], run: Callable[[Hasha
     config = model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", 0)
     if getattr(config, "sliding_window", None):
-        return None  # layers with windows and others are given masks of their own
+        return None  # layers with a window and without are given masks of their own; of windows alone nobody has tried
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count > 1]
     if len(found) != 1:
         return None

@@ -93,6 +93,10 @@ class InPlaceLayer(DynamicLayer):
         self.layer.keys, self.layer.values = (states.narrow(-2, self.front, tokens) for states in held)
         return self.layer
 
+    def refill(self, held: Mapping[str, Tensor], front: int) -> None:
+        """Hold copies of what counts of the keys and values `held`, of all tokens behind `front` columns more."""
+        self._take({name: states.clone() for name, states in held.items()})
+
     def move_behind(self, keys: Tensor, values: Tensor) -> None:
         """Let `keys` and `values` `[heads, columns, head_dim]` stand before the context."""
         held: Any = {"keys": self.keys, "values": self.values}
@@ -139,10 +143,11 @@ class WindowLayer(InPlaceLayer):
         states = {name: _longer(old.narrow(-2, stale, extent.columns), more) for name, old in held.items()}
         self._take(states, extent=extent)
 
-    def refill(self, held: Mapping[str, Tensor], columns: int, tokens: int) -> None:
-        """Hold copies of the last of `tokens` tokens, whose keys and values end with the column `columns` of `held`."""
+    def refill(self, held: Mapping[str, Tensor], front: int) -> None:
+        """The same, of those that are in the window."""
+        tokens = held["keys"].shape[-2] - front
         kept = min(tokens, self.sliding_window - 1)
-        states = {name: pad(old.narrow(-2, columns - kept, kept), (0, 0, 1, 0)) for name, old in held.items()}
+        states = {name: pad(old[..., front + tokens - kept :, :], (0, 0, 1, 0)) for name, old in held.items()}
         self._take(states, extent=Extent(kept + 1, front=1, window=self.sliding_window, gone=tokens - kept))
 
     def give_back(self) -> Any:

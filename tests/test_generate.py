@@ -353,15 +353,20 @@ def test_an_interrupt_anywhere_behind_a_forward_leaves_a_cache_to_go_on_from(fam
     base, ids = tiny(family), prompt(30)
     answer = base.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
     model = compose(base, PromptTokens(torch.ones(3, 1, 32), prefix=prefix), Oracle(answer), budget=32)
-    for line in range(1, 1000, 7):
-        cache, streamer, interruption = DynamicCache(config=base.config), Recorder(), Interruption(line)
+    assert lines_interrupted(Interruption, base, model, ids, every=7) > 50
+
+
+def lines_interrupted(kind, base, model, ids, every):
+    """How many lines there were, after an interruption of that `kind` at each of every few of them."""
+    for line in range(1, 1000, every):
+        cache, streamer, interruption = DynamicCache(config=base.config), Recorder(), kind(line)
         with suppress(KeyboardInterrupt), interruption:
             model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
         if not interruption.happened:
             break
         assert cache.get_seq_length() < said(streamer).shape[1]
         goes_on(base, model, cache, streamer)
-    assert line > 50
+    return line
 
 
 class WhileRoomIsMade(Interruption):
@@ -379,14 +384,7 @@ def test_an_interrupt_while_room_is_made_leaves_a_cache_to_go_on_from(family, mo
     monkeypatch.setattr(written, "ROOM", 8)  # so that windows slide
     base, ids = tiny(family), prompt(30)
     model = compose(base, prompt_tokens(), Oracle(base.generate(ids, max_new_tokens=40)[0].tolist(), lie=3), budget=32)
-    for line in range(1, 500, 11):
-        cache, streamer, interruption = DynamicCache(config=base.config), Recorder(), WhileRoomIsMade(line)
-        with suppress(KeyboardInterrupt), interruption:
-            model.generate(ids, **{GENERATE_NAME: cache}, max_new_tokens=20, do_sample=False, streamer=streamer)
-        if not interruption.happened:
-            break
-        goes_on(base, model, cache, streamer)
-    assert 50 < line < 495
+    assert 50 < lines_interrupted(WhileRoomIsMade, base, model, ids, every=11) < 500
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
