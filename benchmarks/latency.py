@@ -45,7 +45,7 @@ def filled(model: Any, context: int) -> Iterator[Cache]:
 def timed(model: Any, cache: Cache, context: int, tree: TokenTree) -> float:
     """Seconds of one forward below `cache`, which is as it was after it."""
     forward = forward_of(model)
-    wait(model)
+    wait(model.device)
     begin = time.perf_counter()
     verified = verify(forward, cache, Context.of(torch.ones(context, dtype=torch.bool)), tree, (), {})
     seconds = time.perf_counter() - begin
@@ -58,10 +58,10 @@ def bandwidth(model: Any, megabytes: int = 256) -> float:
     whole = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=model.device)
     other, taken = torch.empty_like(whole), []
     for _ in range(8):
-        wait(model)
+        wait(model.device)
         begin = time.perf_counter()
         other.copy_(whole)
-        wait(model)
+        wait(model.device)
         taken.append(time.perf_counter() - begin)
     return 2 * whole.nbytes / min(taken)
 

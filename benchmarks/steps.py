@@ -61,10 +61,10 @@ def composed(base: Any, way: str, rows: int, rate: float) -> Any:
 
 def timed(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> float:
     """Seconds of one generation."""
-    wait(model)
+    wait(model.device)
     begin = time.perf_counter()
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
-    wait(model)
+    wait(model.device)
     return time.perf_counter() - begin
 
 

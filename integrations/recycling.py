@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.lineage import path_log_probs, renumber
 from ppd_compose.top import best_tokens, for_host, on_host
-from ppd_compose.tree import Floats, Ints, joined, path_log_probs, renumber
+from ppd_compose.tree import Floats, Ints, joined
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gave them, that are counted together
 FORGET = 0.998  # how much of the past counts after each step

@@ -169,7 +169,7 @@ def _time_forward(model: PreTrainedModel, cache: DynamicCache, rows: int) -> flo
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
     context = Context.of(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
     forward = forward_of(model)
-    wait(model)
+    wait(forward.device)
     begin = time.perf_counter()
     verified = verify(forward, cache, context, tree, (), {})
     seconds = time.perf_counter() - begin

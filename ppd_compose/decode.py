@@ -20,11 +20,12 @@ from .budget import Budget
 from .cache import commit, recording, undone, with_cache
 from .drafting import Drafting
 from .forward import forward_of
+from .lineage import ancestors
 from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
 from .stopping import Stops
-from .tree import Appended, Ints, TokenTree, ancestors
+from .tree import Appended, Ints, TokenTree
 from .verify import Context, Verified, only_last, states_of, states_wanted, verify
 
 
@@ -212,7 +213,7 @@ def _answers(node: int, nodes: int, appended: dict[Any, Appended], verified: Ver
 def _rows(told: Tensor, rows: Ints) -> Tensor:
     """Rows `rows` of `told`; as a rule they stand together, and need no copy."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-        return told[rows[0] : rows[-1] + 1]
+        return told.narrow(0, int(rows[0]), len(rows))
     return told[torch.from_numpy(rows).to(told.device)]
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import whole_context, with_cache
 from .loop import Taught
-from .mask import layered_mask
+from .mask import Attention, layered_mask
 from .verify import only_last, states_wanted
 
 UNIT = 5.0  # keys and values are so much larger than embeddings; an optimiser moves all numbers by like steps
@@ -131,7 +131,7 @@ def _rows(
     rows = embeddings.to(base.dtype).expand(size, count, n, v, hidden).reshape(size, -1, hidden)
     return {
         "inputs_embeds": rows,
-        "attention_mask": layered_mask(base, cache, see, positions, columns, front),
+        "attention_mask": layered_mask(Attention.of(base), cache, see, positions, columns, front),
         "position_ids": positions,
         **with_cache(base, cache),
     }

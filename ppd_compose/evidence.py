@@ -13,9 +13,10 @@ import numpy as np
 
 from .forest import Committed, Forest
 from .hookspecs import hookimpl
+from .lineage import path_log_probs, row_depths
 from .logit import ConditionalLogit, shares
 from .step import Step
-from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined, path_log_probs, row_depths
+from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined
 
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
@@ -132,16 +133,16 @@ class Evidence:
         """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best
         guess there; then, did several name it."""
         named: Bools = claims > -np.inf
-        above = np.maximum(parents, 0)
-        cells = (above[:, None] * claims.shape[1] + np.arange(claims.shape[1])).ravel()
-        mass = np.bincount(cells, np.exp(claims).ravel(), claims.size).reshape(claims.shape)
+        above, drafters, flat = np.maximum(parents, 0), claims.shape[1], claims.ravel()
+        cells = above if drafters == 1 else (above[:, None] * drafters + np.arange(drafters)).ravel()
+        mass = np.bincount(cells, np.exp(flat), claims.size).reshape(claims.shape)
         highest = np.full(claims.size, -np.inf)
-        np.maximum.at(highest, cells, claims.ravel())
-        features = np.zeros((len(claims), 4 * claims.shape[1] + 1))
+        np.maximum.at(highest, cells, flat)
+        features = np.zeros((len(claims), 4 * drafters + 1))
         features[:, 0:-1:4] = named
         features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
-        features[:, 3:-1:4] = named & (claims == highest[cells].reshape(claims.shape))
-        if claims.shape[1] > 1:
+        features[:, 3:-1:4] = named & (flat == highest[cells]).reshape(claims.shape)
+        if drafters > 1:
             features[:, 2:-1:4] = (mass > 0)[above] & ~named
             features[:, -1] = named.sum(1) > 1
         return features

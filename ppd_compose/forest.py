@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .tree import NEVER, Bools, Floats, Ints, TokenTree, row_depths
+from .lineage import row_depths
+from .tree import NEVER, Bools, Floats, Ints, TokenTree
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, device, nn
 from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
@@ -22,6 +22,7 @@ from .fixed import memory_of
 from .grouped import group, grouped
 from .inplace import in_place_layers, lay_in_place, put_in_front
 from .kernels import is_slow
+from .mask import Attention
 from .packed import can_pack, is_packed, pack
 from .recorded import STEPS, Recordings, can_record, padded
 from .recorders import RECORDERS, Recorder
@@ -32,12 +33,32 @@ REGIONS = "regions"  # of `compile`: by these
 
 @dataclass(frozen=True)
 class Forward:
-    """A model that is called for verify forwards, and what it wants of them."""
+    """A model that is called for verify forwards, and what it wants of them.
+
+    What is asked at every forward is found once, as it does not change while one of these is used: see `forward_of`.
+    """
 
     model: Any
     compiled: bool = False
     regions: bool = False  # it is compiled by regions, where that can be
     recordings: Recordings = field(default_factory=Recordings)  # of its forwards, where they are recorded
+
+    @cached_property
+    def device(self) -> device:
+        """Where the model is; its first part, where it is spread."""
+        where: device = self.model.device
+        return where
+
+    @cached_property
+    def embed(self) -> nn.Module:
+        """Gives the embeddings `[..., hidden]` of tokens."""
+        layer: nn.Module = self.model.get_input_embeddings()
+        return layer
+
+    @cached_property
+    def attention(self) -> Attention:
+        """What masks are made for."""
+        return Attention.of(self.model)
 
     def idle(self, rows: int, cache: Cache) -> int:
         """Rows that stand at the end of a forward of `rows` rows and mean nothing.
@@ -126,11 +147,14 @@ def _advise(model: Any, packed: bool) -> None:
 
 
 def forward_of(model: Any) -> Forward:
-    """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does."""
+    """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does.
+
+    To be asked anew for each sequence, between which a model may be moved.
+    """
     forward: Forward = vars(model).get("forwards") or Forward(model)
     if forward.compiled:
         vars(forward.model)["forward"] = compiled(forward.model, forward.regions)
-    return forward if forward.kind != "eager" else replace(forward, model=grouped(forward.model))
+    return replace(forward, model=grouped(forward.model) if forward.kind == "eager" else forward.model)
 
 
 def recorder_of(model: Any, drafter: Any = None) -> Callable[[], Recorder] | None:

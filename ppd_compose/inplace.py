@@ -55,15 +55,22 @@ def _laid(layer: Any, length: int, extents: dict[int | None, Extent]) -> Any:
 
 def make_room(cache: Cache, rows: int) -> None:
     """Let there be room for `rows` more, and for one that nobody fills."""
+    # Their memory grows and slides from the first layer to the last.
+    if everywhere(cache) and _has_room(cache.layers[-1], rows):
+        return
     slid: dict[Extent, Extent] = {}
     for layer in in_place_layers(cache):
         extent = layer.extent
-        if layer.room >= extent.columns + rows + 1:
+        if _has_room(layer, rows):
             continue
         if extent.stale:
             layer.slide(slid.setdefault(extent, extent.slid()), rows + 1)
         else:
             layer.grow(rows + 1)
+
+
+def _has_room(layer: Any, rows: int) -> bool:
+    return bool(layer.room >= layer.extent.columns + rows + 1)
 
 
 def count(cache: Cache, rows: int) -> None:

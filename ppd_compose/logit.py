@@ -12,6 +12,7 @@ from .tree import Bools, Floats, Ints
 FORGET = 0.999  # how much of what was learnt counts after each choice
 FARTHEST = 1.0  # that one step may move the log-odds of an alternative before it
 LARGEST = 1e3  # of weights that are believed
+SURE = 500.0  # log-odds against none of them beyond which an alternative counts as these, which `exp` takes
 STEADY = 1e-6  # added to the information, so that it can be inverted
 
 
@@ -74,8 +75,6 @@ class ConditionalLogit:
 def shares(scores: Floats, group: Ints) -> Floats:
     """Chance of each alternative `[alternatives]` of these `scores`, given those of the same choice; `group` tells
     which choice each belongs to, numbered from 0."""
-    highest = np.zeros(group.max(initial=0) + 1)  # that of none of them, or of the best
-    np.maximum.at(highest, group, scores)
-    strengths = np.exp(scores - highest[group])
-    chances: Floats = strengths / (np.exp(-highest) + np.bincount(group, strengths, len(highest)))[group]
+    strengths = np.exp(np.minimum(scores, SURE))
+    chances: Floats = strengths / (1 + np.bincount(group, strengths))[group]
     return chances

@@ -6,6 +6,7 @@ Knows what sdpa and eager want, and windows. Does not know trees: it is told who
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,34 @@ from transformers import Cache, PreTrainedModel
 IMPLEMENTATIONS = ("sdpa", "eager")
 
 
-def attention_mask(model: PreTrainedModel, see: Tensor) -> Tensor:
-    """Turn `see`, bool `[batch, 1, rows, columns]`, into what `model` takes as a 4D mask.
+@dataclass(frozen=True)
+class Attention:
+    """What the attention of a model takes as its mask."""
 
-    sdpa takes it as it is; eager adds it to the scores and would read a bool as 0 and 1.
-    """
-    if implementation(model) == "sdpa":
-        return see
-    hidden = torch.finfo(model.dtype).min
-    return torch.zeros(see.shape, dtype=model.dtype, device=see.device).masked_fill(~see, hidden)
+    implementation: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: Any) -> Attention:
+        """That of the text layers of `model`, as they are now."""
+        return cls(implementation(model), model.dtype)
+
+    def mask(self, see: Tensor) -> Tensor:
+        """Turn `see`, bool `[batch, 1, rows, columns]`, into a 4D mask.
+
+        sdpa takes it as it is; eager adds it to the scores and would read a bool as 0 and 1.
+        """
+        if self.implementation == "sdpa":
+            return see
+        hidden = torch.finfo(self.dtype).min
+        return torch.zeros(see.shape, dtype=self.dtype, device=see.device).masked_fill(~see, hidden)
+
+    def masks(self, see: Mapping[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
+        """The mask of one forward, of what rows see in layers of each window, None: without one."""
+        made = {
+            "full_attention" if window is None else "sliding_attention": self.mask(seen) for window, seen in see.items()
+        }
+        return made if len(made) > 1 else next(iter(made.values()))
 
 
 def implementation(model: PreTrainedModel) -> str:
@@ -43,7 +63,7 @@ def refuse_attention(model: PreTrainedModel) -> None:
 
 
 def layered_mask(
-    model: PreTrainedModel, cache: Cache, see: Tensor, at: Tensor, columns: Tensor, front: Tensor | None = None
+    attention: Attention, cache: Cache, see: Tensor, at: Tensor, columns: Tensor, front: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
     """The mask of one forward for every kind of layer that `cache` has.
 
@@ -55,26 +75,16 @@ def layered_mask(
     """
     layers: list[Any] = sorted(cache.layers, key=lambda layer: bool(layer.is_initialized))  # the last ones tell
     kinds = {layer.sliding_window if layer.is_sliding else None: layer for layer in layers}
-    return masks(
-        model,
+    return attention.masks(
         {
             window: (_with_front(see, front) if window is None else _within(see, at, columns, layer))[:, None]
             for window, layer in kinds.items()
-        },
+        }
     )
 
 
-def masks(model: PreTrainedModel, see: Mapping[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
-    """What `model` takes as the mask of one forward, of what rows see in layers of each window, None: without one."""
-    made = {
-        "full_attention" if window is None else "sliding_attention": attention_mask(model, seen)
-        for window, seen in see.items()
-    }
-    return made if len(made) > 1 else next(iter(made.values()))
-
-
 def _with_front(see: Tensor, front: Tensor | None) -> Tensor:
-    return see if front is None else torch.cat([front, see], dim=-1)
+    return see if front is None or not front.shape[-1] else torch.cat([front, see], dim=-1)
 
 
 def _within(see: Tensor, at: Tensor, columns: Tensor, layer: Any) -> Tensor:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .hookspecs import hookimpl
+from .lineage import row_depths
 from .prompt import PromptTokens, marginal_gains
 from .step import Step
-from .tree import Appended, Floats, Ints, TokenTree, row_depths
+from .tree import Appended, Floats, Ints, TokenTree
 
 ROUNDS = 50  # of improving trees and state values in turns; a handful is the rule
 

@@ -20,7 +20,7 @@ from transformers import Cache
 from .cache import with_cache
 from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
-from .mask import masks
+from .mask import Attention
 from .recorders import RECORDERS
 from .replayed import Lendings, Recorded
 from .tree import Bools, Ints
@@ -189,7 +189,7 @@ def _forward(
     memory.places, memory.seen = begin + torch.arange(told.own - told.rows, told.own, device=begin.device), columns
     out = model(
         inputs_embeds=embeddings,
-        attention_mask=masks(model, _seen_by(memory, told, columns)),
+        attention_mask=Attention.of(model).masks(_seen_by(memory, told, columns)),
         position_ids=positions[None],
         **with_cache(model, memory.cache),
         return_dict=True,

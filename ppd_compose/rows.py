@@ -82,18 +82,20 @@ class BestRows:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
         pace = step.memory[self]
         pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
-        self._judge(step, tree, pace)
+        price = pace.rate * pace.curve
+        self._judge(step, tree, pace, price)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]
         values = _capped(stacked_parents(tree, appended), np.concatenate([tree.chances, *gains]))
-        best = (-values).argsort(kind="stable")[: len(pace.curve)]
-        net = values[best].cumsum() - pace.rate * pace.curve[: len(best)]
+        best = (-values).argsort(kind="stable")[: len(price)]
+        net = values[best].cumsum() - price[: len(best)]
         sizes = _sizes(len(best))
         keep = best[: sizes[net[sizes - 1].argmax()]]
         drafted = keep < len(tree)
-        nodes = likeliest_first(tree, keep[drafted])
-        fitted, riding = cut(tree, appended, np.concatenate([nodes, np.sort(keep[~drafted])]))
-        self.worth.promise(step, riding, tree.stop_chances()[nodes])
-        return fitted, riding
+        nodes, riding = likeliest_first(tree, keep[drafted]), keep[~drafted]
+        riding.sort()
+        fitted, rows = cut(tree, appended, nodes, riding)
+        self.worth.promise(step, rows, tree.stop_chances()[nodes])
+        return fitted, rows
 
     @hookimpl
     def observe(self, step: Step) -> None:
@@ -105,9 +107,9 @@ class BestRows:
         self.before = pace.tokens, pace.forwards
         step.rate = pace.rate
 
-    def _judge(self, step: Step, tree: TokenTree, pace: _Pace) -> None:
-        """Book what asking the drafters and their answers brought."""
-        gained = added(step, tree, pace.rate * pace.curve)
+    def _judge(self, step: Step, tree: TokenTree, pace: _Pace, price: Floats) -> None:
+        """Book what asking the drafters and their answers brought; `price` `[rows]` is that of a forward in tokens."""
+        gained = added(step, tree, price)
         self.worth.judge(step, gained)
         pace.drafting = 0.0
         if step.budget.fixed:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from .lineage import renumber, row_depths
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -143,13 +145,6 @@ def _in_reach(nodes: int, ranks: int, size: int) -> tuple[Ints, Ints]:
     return above, rank
 
 
-def renumber(kept: Ints, size: int) -> Ints:
-    """Old row -> new row `[size + 1]` when only `kept` stay; the last entry maps -1 to -1."""
-    at = np.full(size + 1, -1, np.int64)
-    at[kept] = np.arange(len(kept))
-    return at
-
-
 def stacked_parents(tree: TokenTree, appended: Sequence[Appended]) -> Ints:
     """Parents of all rows of one forward, the tree's first, then each appended block's `[rows]`."""
     parents, shift = [tree.parents], 0
@@ -161,14 +156,14 @@ def stacked_parents(tree: TokenTree, appended: Sequence[Appended]) -> Ints:
     return np.concatenate(parents)
 
 
-def cut(tree: TokenTree, appended: Sequence[Appended], keep: Ints) -> tuple[TokenTree, list[Appended]]:
-    """Tree and appended blocks of the rows `keep` of one forward, which are closed under parents, each after its
-    parent, and those of a block after those of the one before."""
-    nodes, offset, kept = keep[keep < len(tree)], len(tree), []
+def cut(tree: TokenTree, appended: Sequence[Appended], nodes: Ints, riding: Ints) -> tuple[TokenTree, list[Appended]]:
+    """Tree and appended blocks of some rows of one forward, which are closed under parents: `nodes` of the tree, each
+    after its parent, and those `riding` below them, ascending."""
+    begin, kept = len(tree), []
     for rows in appended:
-        mine = keep[(keep >= offset) & (keep < offset + len(rows))] - offset
-        kept.append(rows.take(mine, nodes, len(tree)))
-        offset += len(rows)
+        first, last = riding.searchsorted((begin, begin + len(rows)))
+        kept.append(rows.take(riding[first:last] - begin, nodes, len(tree)))
+        begin += len(rows)
     return tree.take(nodes), kept
 
 
@@ -192,38 +187,13 @@ def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[
     """Tree and appended blocks without the rows deeper than `depth`."""
     if row_depths(tree.parents).max() + max((_most_below_a_node(rows) for rows in appended), default=0) <= depth:
         return tree, appended
-    return cut(tree, appended, np.flatnonzero(row_depths(stacked_parents(tree, appended)) <= depth))
+    near = np.flatnonzero(row_depths(stacked_parents(tree, appended)) <= depth)
+    return cut(tree, appended, near[near < len(tree)], near[near >= len(tree)])
 
 
 def _most_below_a_node(rows: Appended) -> int:
     """How many of `rows` hang from one node, at most: no chain of them is longer."""
     return int(np.bincount(rows.nodes).max(initial=0))
-
-
-def row_depths(parents: Ints) -> Ints:
-    """Depth of every row `[rows]`, 0 for a root."""
-    depths: list[int] = []
-    for parent in parents.tolist():
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    return np.asarray(depths, np.int64)
-
-
-def path_log_probs(given: Floats, parents: Ints) -> Floats:
-    """Claims for whole paths `[nodes]` of claims for all nodes but the root, given those above them `[nodes - 1]`; the
-    root's is 0."""
-    claims = [0.0, *given.tolist()]
-    for node, parent in enumerate(parents.tolist()[1:], 1):
-        claims[node] += claims[parent]
-    return np.asarray(claims)
-
-
-def ancestors(parents: Ints) -> Bools:
-    """Who sees whom `[rows, rows]`: a row sees itself and every row on its way to the root."""
-    see = np.eye(len(parents), dtype=bool)
-    for row, parent in enumerate(parents.tolist()):
-        if parent >= 0:
-            see[row] |= see[parent]
-    return see
 
 
 def joined(trees: Sequence[TokenTree]) -> tuple[Ints, Ints, list[Ints]]:

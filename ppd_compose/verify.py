@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import Cache
 from transformers.utils import output_capturing
 
@@ -20,9 +21,10 @@ from .cache import with_cache
 from .fixed import Memory, memory_of
 from .forward import Forward
 from .inplace import count, hide, make_room
+from .lineage import ancestors, row_depths
 from .mask import layered_mask
 from .recorded import Told, play
-from .tree import Appended, Bools, Ints, TokenTree, ancestors, stacked_parents
+from .tree import Appended, Bools, Ints, TokenTree, stacked_parents
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,29 @@ class Context:
 
     length: int
     flags: Tensor  # bool [length or more], False for padding; those behind `length` do not count yet
+    tokens: int  # columns that are no padding
     prefixes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, visible: Tensor) -> Context:
         """As many columns as `visible` bool `[columns]` has, False for padding."""
-        return cls(len(visible), visible)
+        return cls(len(visible), visible, int(visible.sum()))
 
     @property
     def visible(self) -> Tensor:
         """Bool `[length]`, False for padding."""
         return self.flags[: self.length]
 
-    def positions(self, see: Bools) -> Ints:
-        """Of rows below what is cached, by who sees whom `[rows, rows]` among them `[rows]`."""
-        positions: Ints = int(self.visible.sum()) + see.sum(1) - 1
-        return positions
+    def positions(self, depths: Ints) -> Ints:
+        """Of rows below what is cached, at `depths` `[rows]` among them `[rows]`."""
+        return self.tokens + depths
 
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
         length, flags = self.length + tokens, self.flags
         if length > len(flags):  # twice as many, so that few steps copy them
             flags = torch.cat([self.visible, flags.new_ones(tokens + self.length)])
-        return Context(length, flags, self.prefixes)
+        return Context(length, flags, self.tokens + tokens, self.prefixes)
 
     def behind(self, prefixes: tuple[tuple[int, int], ...]) -> Context:
         """The same behind `prefixes`."""
@@ -95,7 +97,7 @@ def verify(
     else:
         out = _played(forward, memory, context, rows, wanted)
     meanwhile()
-    wait(forward.model)
+    wait(forward.device)
     count(cache, len(rows))
     # What was recorded is written over by the next forward.
     own = torch.clone if memory else torch.detach
@@ -105,12 +107,12 @@ def verify(
     return Verified(logits, list(answers), states, len(rows), picks)
 
 
-def wait(model: Any) -> None:
-    """Until the device of `model` has done what it was told."""
-    if model.device.type == "cuda":
-        torch.cuda.current_stream(model.device).synchronize()  # the whole device may not be waited for in captures
-    elif model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
+def wait(device: torch.device) -> None:
+    """Until `device` has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the whole device may not be waited for in captures
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
@@ -145,17 +147,23 @@ class _Rows:
         """Of each row its token, or which of its block's embeddings it carries."""
         return np.concatenate([self.tree.tokens, *(rows.kinds for rows in self.appended), np.zeros(self.idle, int)])
 
-    def embedded(self, model: Any, words: Tensor) -> Tensor:
-        """What the rows of `words` are in the model's space `[1, rows, hidden]`."""
-        of_tree, *of_blocks, _ = words.split([len(self.tree), *map(len, self.appended), self.idle])
-        embed = model.get_input_embeddings()(of_tree[None])
-        blocks = zip(self.appended, of_blocks, strict=True)
-        own = [rows.embeddings[kinds.to(embed.device)].to(embed)[None] for rows, kinds in blocks]
-        return torch.cat([embed, *own, embed.new_zeros(1, self.idle, embed.shape[2])], dim=1)
+    def embedded(self, embed: nn.Module, words: Tensor) -> Tensor:
+        """What the rows of `words` `[rows]` are in the model's space `[1, rows, hidden]`; `embed` gives that of
+        tokens."""
+        end, words = len(self.tree), words[None]
+        parts = [embed(words[:, :end])]
+        for rows in self.appended:
+            begin, end = end, end + len(rows)
+            kinds = words[:, begin:end].to(rows.embeddings.device)
+            parts.append(embedding(kinds, rows.embeddings).to(parts[0]))
+        if self.idle:
+            parts.append(parts[0].new_zeros(1, self.idle, parts[0].shape[2]))
+        return torch.cat(parts, dim=1)
 
-    def see(self) -> Bools:
-        """Who sees whom `[rows, rows]`."""
-        return ancestors(np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)]))
+    @cached_property
+    def parents(self) -> Ints:
+        """Of each row the one that it sees last, -1: none."""
+        return np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)])
 
     def see_in_front(self, context: Context) -> Bools:
         """Which rows see which columns of the prefixes `[rows, columns]`: of a tree and idle ones none does."""
@@ -175,13 +183,13 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
     if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
         front = front[:, :0]
     hide(cache, front=not front.shape[1], stale=not forward.compiled)
-    words = torch.from_numpy(rows.words()).to(forward.model.device)
+    words = torch.from_numpy(rows.words()).to(forward.device)
     # For a compiled forward always embeddings: one graph serves all.
     plain = not rows.appended and not forward.compiled
-    given = {"input_ids": words[None]} if plain else {"inputs_embeds": rows.embedded(forward.model, words)}
+    given = {"input_ids": words[None]} if plain else {"inputs_embeds": rows.embedded(forward.embed, words)}
     return forward.model(
         **given,
-        **_who_sees_whom(forward.model, cache, context, torch.from_numpy(front), rows.see()),
+        **_who_sees_whom(forward, cache, context, front, rows.parents),
         **with_cache(forward.model, cache),
         return_dict=True,
         **wanted,
@@ -191,28 +199,29 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
 def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
     """The same by what was recorded over `memory`, in which the keys and values lie."""
     memory.make_room(len(rows))
-    see = rows.see()
-    told = Told.of(memory.columns, rows.words(), context.positions(see), see, rows.see_in_front(context))
-    return play(forward.model, memory, told, partial(rows.embedded, forward.model), wanted)
+    positions, see = context.positions(row_depths(rows.parents)), ancestors(rows.parents)
+    told = Told.of(memory.columns, rows.words(), positions, see, rows.see_in_front(context))
+    return play(forward.model, memory, told, partial(rows.embedded, forward.embed), wanted)
 
 
-def _who_sees_whom(model: Any, cache: Cache, context: Context, front: Tensor, who: Bools) -> dict[str, Any]:
+def _who_sees_whom(forward: Forward, cache: Cache, context: Context, front: Bools, parents: Ints) -> dict[str, Any]:
     """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding.
 
     Args:
         front: bool `[rows, columns]`, which rows see which columns of the prefixes.
-        who: `[rows, rows]`, which rows they see.
+        parents: `[rows]`, of each row the one that it sees last.
     """
-    see, visible = torch.from_numpy(who), context.visible
-    places = {"position_ids": torch.from_numpy(context.positions(who))[None].to(model.device)}
-    if len(see) == 1 and bool(visible.all()):
+    depths = row_depths(parents)
+    places = {"position_ids": torch.from_numpy(context.positions(depths)[None]).to(forward.device)}
+    if len(parents) == 1 and context.tokens == context.length:
         return places
+    see = np.empty((len(parents), context.length + len(parents)), bool)
+    see[:, : context.length], see[:, context.length :] = context.visible.numpy(), ancestors(parents)
     # Windows are counted in columns, as transformers does: those that are hidden count too.
-    at = context.length + see.sum(1) - 1
-    columns = torch.cat([torch.arange(context.length, device="cpu"), at])
-    mask = torch.cat([visible.expand(len(see), -1), see], dim=1)
-    masks = layered_mask(model, cache, mask[None], at[None], columns[None], front[None])
-    return {"attention_mask": _on(masks, model.device), **places}
+    at = context.length + depths
+    columns = np.concatenate([np.arange(context.length), at])
+    told = (torch.from_numpy(one[None]) for one in (see, at, columns, front))
+    return {"attention_mask": _on(layered_mask(forward.attention, cache, *told), forward.device), **places}
 
 
 def _on(masks: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:

@@ -23,8 +23,8 @@ from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
 from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.identity import Identity
+from ppd_compose.lineage import ancestors, row_depths
 from ppd_compose.testing import check_drafter
-from ppd_compose.tree import ancestors, row_depths
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -15,7 +15,7 @@ from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens,
 from ppd_compose import Appended, Budget, MalformedDraft, Step, TokenTree, compose, hookimpl, hookspecs
 from ppd_compose.alternatives import HighestClaim
 from ppd_compose.decode import Decoding
-from ppd_compose.tree import row_depths
+from ppd_compose.lineage import row_depths
 
 HOOKS = [n for n, f in inspect.getmembers(hookspecs, inspect.isfunction) if hasattr(f, "ppd_compose_spec")]
 

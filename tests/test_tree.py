@@ -9,7 +9,8 @@ from tiny import array
 
 from ppd_compose import Appended, TokenTree
 from ppd_compose.forest import Committed, Forest
-from ppd_compose.tree import ancestors, cut, likeliest_first, row_depths, shallow, stacked_parents, union
+from ppd_compose.lineage import ancestors, row_depths
+from ppd_compose.tree import cut, likeliest_first, shallow, stacked_parents, union
 
 
 def paths(tree):
@@ -85,7 +86,7 @@ def test_rows_of_several_blocks_are_renumbered_together():
     assert parents[4:12].tolist() == [0, 4, 1, 6, 2, 8, 3, 10]
     assert parents[12:].tolist() == [0, 12, 1, 14, 2, 16, 3, 18]
     # Keep nodes 0, 2, 3; of the first block the rows below node 3, of the second the first row below node 2.
-    small, (first, second) = cut(tree, blocks, array(0, 2, 3, 10, 11, 16))
+    small, (first, second) = cut(tree, blocks, array(0, 2, 3), array(10, 11, 16))
     assert paths(small) == {(5,): 0.0, (5, 2): -1.0, (5, 2, 3): -2.0}
     assert (first.parents.tolist(), first.nodes.tolist()) == ([2, 3], [2, 2])
     assert (second.parents.tolist(), second.nodes.tolist(), second.kinds.tolist()) == ([1], [1], [0])

@@ -18,9 +18,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ppd_compose.cache import with_cache
 from ppd_compose.fixed import memory_of
 from ppd_compose.inplace import count, counted, lay_in_place
-from ppd_compose.mask import masks
+from ppd_compose.lineage import ancestors
+from ppd_compose.mask import Attention
 from ppd_compose.recorded import MANY, Told, padded, play
-from ppd_compose.tree import Ints, ancestors
+from ppd_compose.tree import Ints
 
 CHUNK = 512  # tokens of a prompt that are read in one forward
 
@@ -136,12 +137,11 @@ class Forwards:
         apart = depths[old:, None] - np.concatenate([np.arange(-length, 0), depths])
         see = np.concatenate([np.ones((rows - old, length), bool), see[old:]], axis=1)
         front = np.broadcast_to(np.arange(len(see))[:, None] >= len(see) - prompts, (len(see), self.front))
-        mask = masks(
-            self.model,
+        mask = self._attention.masks(
             {
                 window: self._seen(np.concatenate([front, see], axis=1) if window is None else see & (apart < window))
                 for window in self.windows
-            },
+            }
         )
         return {"position_ids": self._on(self._standing(length, depths[old:])), "attention_mask": mask}
 
@@ -156,6 +156,10 @@ class Forwards:
 
     def _on(self, positions: Ints) -> Tensor:
         return torch.from_numpy(positions)[None].to(self.model.device)
+
+    @cached_property
+    def _attention(self) -> Attention:
+        return Attention.of(self.model)
 
     @cached_property
     def _keeps_logits(self) -> bool:

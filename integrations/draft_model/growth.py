@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ppd_compose import TokenTree
-from ppd_compose.tree import Floats, Ints, row_depths
+from ppd_compose.lineage import row_depths
+from ppd_compose.tree import Floats, Ints
 
 from .reading import ROOT, Ahead
 

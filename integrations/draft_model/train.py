@@ -26,7 +26,7 @@ from ppd_compose.loop import (
     usable,
     within_window,
 )
-from ppd_compose.mask import attention_mask
+from ppd_compose.mask import Attention
 from ppd_compose.replies import Reply
 
 ALL, TOKEN = "all", "token"
@@ -120,7 +120,7 @@ class ParallelDraft(nn.Module):
         keep, where = at.unique(return_inverse=True)
         logits = self.draft(
             input_ids=torch.cat([batch.ids, shared], dim=1),
-            attention_mask=attention_mask(self.draft, see[:, None]),
+            attention_mask=Attention.of(self.draft).mask(see[:, None]),
             position_ids=torch.cat([torch.arange(length, device=device).expand(size, -1), below], dim=1),
             use_cache=False,
             logits_to_keep=torch.cat([keep, length + torch.arange(len(rows), device=device)]),

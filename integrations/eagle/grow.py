@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ppd_compose.tree import Ints, TokenTree, ancestors, renumber, row_depths
+from ppd_compose.lineage import ancestors, renumber, row_depths
+from ppd_compose.tree import Ints, TokenTree
 
 from .kept import Kept
 from .levels import Levels

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppd_compose import TokenTree
-from ppd_compose.tree import Bools, Floats, Ints, ancestors
+from ppd_compose.lineage import ancestors
+from ppd_compose.tree import Bools, Floats, Ints
 
 # The 63 nodes of `mc_sim_7b_63` in medusa/model/medusa_choices.py of github.com/FasterDecoding/Medusa, the default
 # of the official code, as the number of children of each path, whose ranks are its digits.
