@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from torch import Tensor, device, nn
+import torch
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from .cache import leave_a_gap
@@ -35,7 +36,8 @@ REGIONS = "regions"  # of `compile`: by these
 class Forward:
     """A model that is called for verify forwards, and what it wants of them.
 
-    What is asked at every forward is found once, as it does not change while one of these is used: see `forward_of`.
+    What every forward asks is found once, by searches through the model that take as long as making its mask: it does
+    not change while one of these is used, see `forward_of`.
     """
 
     model: Any
@@ -44,9 +46,9 @@ class Forward:
     recordings: Recordings = field(default_factory=Recordings)  # of its forwards, where they are recorded
 
     @cached_property
-    def device(self) -> device:
+    def device(self) -> torch.device:
         """Where the model is; its first part, where it is spread."""
-        where: device = self.model.device
+        where: torch.device = self.model.device
         return where
 
     @cached_property
@@ -149,7 +151,7 @@ def _advise(model: Any, packed: bool) -> None:
 def forward_of(model: Any) -> Forward:
     """The way that `model` was composed with, as its modules are now; one that was not composed computes as it does.
 
-    To be asked anew for each sequence, between which a model may be moved.
+    To be asked anew for each sequence: in between a model may be moved, or compute attention in another way.
     """
     forward: Forward = vars(model).get("forwards") or Forward(model)
     if forward.compiled:

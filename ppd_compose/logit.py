@@ -12,7 +12,7 @@ from .tree import Bools, Floats, Ints
 FORGET = 0.999  # how much of what was learnt counts after each choice
 FARTHEST = 1.0  # that one step may move the log-odds of an alternative before it
 LARGEST = 1e3  # of weights that are believed
-SURE = 500.0  # log-odds against none of them beyond which an alternative counts as these, which `exp` takes
+SURE = 500.0  # scores above it count as this: `exp` of more overflows
 STEADY = 1e-6  # added to the information, so that it can be inverted
 
 

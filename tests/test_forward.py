@@ -50,6 +50,20 @@ def answer(model, ids=None, tokens=24, **settings):
     )
 
 
+def test_what_is_changed_on_the_base_between_calls_is_seen_by_the_next():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=12)
+    assert torch.equal(answer(model), answer(base))
+    base.set_attn_implementation("eager")
+    assert torch.equal(answer(model), answer(base))
+    base.double()  # masks that are added are of the dtype of what they are added to
+    assert torch.equal(answer(model), answer(base))
+    before = answer(base)
+    base.set_input_embeddings(nn.Embedding.from_pretrained(base.get_input_embeddings().weight.roll(1, 0)))
+    assert torch.equal(answer(model), answer(base))
+    assert not torch.equal(before, answer(base))
+
+
 @needs_packing
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_weights_give_the_tokens_of_the_base(family):

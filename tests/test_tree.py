@@ -69,6 +69,9 @@ def test_ancestors_and_depths():
     parents = array(-1, 0, 0, 2, 3)
     assert row_depths(parents).tolist() == [0, 1, 1, 2, 3]
     assert ancestors(parents)[4].tolist() == [True, False, True, True, True]
+    assert ancestors(parents).sum(1).tolist() == [1, 2, 2, 3, 4]
+    assert ancestors(array(-1, -1)).tolist() == [[True, False], [False, True]]
+    assert ancestors(np.zeros(0, np.int64)).shape == (0, 0)
 
 
 def hung(tree):
