@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .built import PLAIN, Same, hooks_of, taken_for_given
 from .cache import with_cache
-from .compiled import PLAIN, Same, hooks_of, taken_for_given
 from .fixed import Memory
 from .mask import Attention
 from .recorders import RECORDERS

@@ -1,5 +1,7 @@
 """One thread and a cache of its own for every test run, a Hub for those that share, and graphs without code."""
 
+from contextlib import contextmanager
+
 import huggingface_hub
 import pytest
 import torch
@@ -7,6 +9,7 @@ from huggingface_hub import close_session, constants
 from loopback import TOKEN, Hub
 
 from ppd_compose import compiled
+from ppd_compose.kept import Kept
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,3 +54,20 @@ def traced(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", uncoded)
     monkeypatch.setattr(compiled, "_graphs", {})
+    monkeypatch.setattr(compiled, "can_keep", lambda model: False)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """A context within which whoever compiles fails."""
+
+    def refuse(*_):
+        raise AssertionError("compiled anew")
+
+    @contextmanager
+    def refusing():
+        with monkeypatch.context() as patch, torch.compiler.set_stance("fail_on_recompile"):
+            patch.setattr(Kept, "_compiled", refuse)
+            yield
+
+    return refusing

@@ -31,8 +31,8 @@ from ppd_compose import (
     regions,
     written,
 )
+from ppd_compose.built import built
 from ppd_compose.cache import GENERATE_NAME, commit, recording, with_cache
-from ppd_compose.compiled import _built
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.inplace import count, make_room
 from ppd_compose.packed import PackedLinear, can_pack
@@ -338,12 +338,12 @@ def test_what_cannot_be_packed_is_refused():
 
 
 @needs_compiler
-def test_a_compiled_forward_gives_the_tokens_of_the_base():
+def test_a_compiled_forward_gives_the_tokens_of_the_base(nothing_compiled):
     """With rows of prompt tokens and without, of two compositions, after a warm-up and for another length."""
     base = tiny(dtype=torch.float32)
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     model.warmup()
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_compiled():
         for ids in (prompt(), prompt(33, seed=2)):
             assert torch.equal(answer(model, ids), answer(base, ids))
         assert torch.equal(answer(compose(base, budget=1, compile=True)), answer(base))
@@ -443,14 +443,14 @@ def test_modules_that_were_tampered_with_share_no_graph(change, traced):
 def test_no_hook_gets_the_number_of_one_that_is_gone():
     """A graph is found again by the hooks that it was made with: were they let go, another could pass for one."""
     base = tiny(dtype=torch.float32)
-    built, handle = _built(base), turned(base)
+    bare, handle = built(base), turned(base)
     hook = weakref.ref(base.model.layers[1]._forward_hooks[handle.id])
-    hooked = _built(base)
-    assert hooked == _built(base) != built
+    hooked = built(base)
+    assert hooked == built(base) != bare
     handle.remove()
     gc.collect()
     assert hook() is not None
-    assert _built(base) == built
+    assert built(base) == bare
 
 
 def test_adapters_that_are_switched_or_merged_share_no_graph(traced):
@@ -485,19 +485,19 @@ def test_a_base_whose_forward_was_replaced_is_not_compiled():
 
 
 @needs_compiler
-def test_a_compiled_forward_keeps_to_sliding_windows():
+def test_a_compiled_forward_keeps_to_sliding_windows(nothing_compiled):
     base = tiny("gemma3", dtype=torch.float64, **FEW_LAYERS["gemma3"])
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     assert torch.equal(answer(model, prompt(30)), answer(base, prompt(30)))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_one_graph_serves_windows_before_and_after_they_fill(family, traced, monkeypatch):
+def test_one_graph_serves_windows_before_and_after_they_fill(family, traced, monkeypatch, nothing_compiled):
     monkeypatch.setattr(written, "ROOM", 40)
     base = tiny(family, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     model.warmup()
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_compiled():
         for length in (5, 12, 16, 30, 60):
             assert torch.equal(answer(model, prompt(length)), answer(base, prompt(length)))
 
@@ -514,14 +514,14 @@ def test_a_compiled_forward_pads_a_lonely_row():
 
 @needs_compiler
 @pytest.mark.parametrize("way", [True, "regions"])
-def test_compiled_forwards_serve_heads_that_read_hidden_states(way, monkeypatch):
+def test_compiled_forwards_serve_heads_that_read_hidden_states(way, monkeypatch, nothing_compiled):
     monkeypatch.setattr(regions, "MOST", 1)
     monkeypatch.setattr(compiled, "_refused", refused := set())
     base = tiny(dtype=torch.float32)
     heads = [MedusaHeads(random_heads()), eagle()]
     model = compose(base, *heads, prompt_tokens(), budget=12, compile=way)
     model.warmup()
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with nothing_compiled():
         assert torch.equal(answer(model), answer(base))
     assert sum(model.stats.candidates["medusa"].values()) > 0
     assert sum(model.stats.candidates["eagle"].values()) > 0

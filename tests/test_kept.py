@@ -1,0 +1,152 @@
+"""Compiled graphs in the user's cache: found by the next process, or made anew where they mean something else."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from test_forward import answer
+from tiny import prompt_tokens, tiny
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from ppd_compose import compiled, compose
+from ppd_compose.built import Wordless, built, frozen, worded
+from ppd_compose.kept import Kept
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not hasattr(torch.compiler, "load_compiled_function"),
+    reason="no C++ compiler, or torch cannot keep what it compiled",
+)
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "_graphs", {})
+    return tmp_path
+
+
+@pytest.fixture
+def another_process(monkeypatch):
+    """Call it to know no graph any more but by its file."""
+    return lambda: monkeypatch.setattr(compiled, "_graphs", {})
+
+
+def small():
+    return tiny(dtype=torch.float32, num_hidden_layers=2)
+
+
+def composed(base, way=True):
+    return compose(base, prompt_tokens(), budget=12, compile=way)
+
+
+def files(home):
+    return sorted(home.glob("graphs/*/*.graph"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", [True, "regions"])
+def test_a_process_that_finds_graphs_compiles_nothing(way, home, another_process, nothing_compiled):
+    base = small()
+    assert torch.equal(answer(composed(base, way)), answer(base))
+    (graph,) = files(home)
+    another_process()
+    with nothing_compiled():
+        assert torch.equal(answer(composed(small(), way)), answer(base))
+    assert files(home) == [graph]
+
+
+@needs_compiler
+def test_a_file_of_something_else_is_left_and_the_graph_made_anew(home, another_process):
+    """One that was cut off, one whose sources were edited since, and one of other globals."""
+    base = small()
+    expected = answer(base)
+    assert torch.equal(answer(composed(base)), expected)
+    (graph,) = files(home)
+    head, data = graph.read_bytes().split(b"\n", 1)
+    told = json.loads(head)
+    source, name = next(iter(told["sources"])), next(iter(told["globals"]))
+    edited = {**told, "sources": {**told["sources"], source: "0" * 64}}
+    other = {**told, "globals": {**told["globals"], name: "something"}}
+    spoilt = (graph.read_bytes()[:-1000], *(json.dumps(each).encode() + b"\n" + data for each in (edited, other)))
+    for n, written in enumerate(spoilt):
+        graph.write_bytes(written)
+        another_process()
+        assert torch.equal(answer(composed(small())), expected)
+        assert len(files(home)) == 2, n
+        files(home)[-1].rename(graph)  # the fresh one, with which the next begins
+
+
+@needs_compiler
+def test_a_global_that_is_replaced_later_is_seen_at_the_next_call_and_in_the_next_process(
+    home, another_process, monkeypatch
+):
+    base = small()
+    model = composed(base)
+    before = answer(base)
+    assert torch.equal(answer(model), before)
+    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: 2 * x)
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    another_process()
+    assert torch.equal(answer(composed(small())), answer(base))
+
+
+@needs_compiler
+def test_a_forward_that_is_replaced_in_a_class_is_seen_too(home, another_process, monkeypatch):
+    base = small()
+    model = composed(base)
+    before = answer(base)
+    assert torch.equal(answer(model), before)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    another_process()
+    assert torch.equal(answer(composed(small())), answer(base))
+
+
+@needs_compiler
+def test_without_a_place_for_files_graphs_last_as_long_as_the_process(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PPD_COMPOSE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(compiled, "_graphs", {})
+    base = small()
+    assert torch.equal(answer(composed(base)), answer(base))
+
+
+@needs_compiler
+def test_where_compiling_ahead_fails_torch_compiles_as_ever(home, monkeypatch):
+    base, compile = small(), Kept._compiled
+    fails = []
+
+    def breaking(kept, args, kwargs):
+        kept.compile = lambda guards: 1 / 0
+        fails.append(compile(kept, args, kwargs))
+
+    monkeypatch.setattr(Kept, "_compiled", breaking)
+    assert torch.equal(answer(composed(base)), answer(base))
+    assert fails == [None]
+    assert not files(home)
+
+
+def test_models_that_are_built_alike_have_the_same_words_and_others_do_not():
+    assert worded(built(small())) == worded(built(small()))
+    for change in ({"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}):
+        assert worded(built(tiny(dtype=torch.float32, num_hidden_layers=2, **change))) != worded(built(small()))
+
+
+def test_what_only_one_process_knows_has_no_words():
+    class Local(nn.Module):
+        pass
+
+    hooked = small()
+    hooked.model.norm.register_forward_hook(lambda *_: None)
+    for given in (built(hooked), Local, frozen(lambda: 0), frozen(partial(lambda: 0))):
+        with pytest.raises(Wordless):
+            worded(given)
+
+
+def test_functions_that_are_no_python_are_told_apart():
+    assert frozen(torch.tanh) != frozen(torch.sigmoid)
