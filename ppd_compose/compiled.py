@@ -136,10 +136,9 @@ def _in_one_piece(run: Any, guards: Any) -> Any:
 
 def _floats_as_they_are(graph: Callable[..., Any]) -> Callable[..., Any]:
     """`graph`, traced with settings such as the scale of attention as numbers."""
-    numbers = torch._dynamo.config.patch(**NUMBERS)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with numbers:
+        with torch._dynamo.config.patch(**NUMBERS):
             return graph(*args, **kwargs)
 
     return run

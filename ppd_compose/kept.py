@@ -19,6 +19,7 @@ from types import CodeType
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from .built import PLAIN, Same, Wordless, worded
 from .storage import cache_folder, staged_file
@@ -33,8 +34,11 @@ Filter = Callable[[Sequence[Any]], Sequence[bool]]
 
 
 def can_keep(model: Any) -> bool:
-    """Whether graphs of `model` can be kept: by this version of torch, and on a CPU, as elsewhere nobody has tried."""
-    return hasattr(torch.compiler, "load_compiled_function") and all(p.device.type == "cpu" for p in model.parameters())
+    """Whether graphs of `model` can be kept: by this version of torch, on a CPU, as elsewhere nobody has tried, and of
+    plain tensors, as what others compute is not in the sources that are looked at."""
+    tensors = (*model.parameters(), *model.buffers())
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return hasattr(torch.compiler, "load_compiled_function") and plain
 
 
 class Kept:
