@@ -45,21 +45,15 @@ def compiled(model: Any, regions: bool = False) -> Callable[..., Any]:
 
 def _ways(model: Any, key: Hashable, regions: bool) -> Iterator[tuple[Hashable, Callable[..., Any]]]:
     """The ways to compute a forward, and how to tell them apart, the best first."""
-    forward, machine = type(model).forward, _machine(model)
+    forward = type(model).forward
     if regions and UNGUARDED and ("regions", key) not in _refused:
-        regional = in_regions(model, parts, partial(_region, configs(model), machine))
+        regional = in_regions(model, parts, partial(_region, model))
         if regional is not None:
             yield ("regions", key), partial(forward, regional)
     if UNGUARDED:
-        yield ("whole", key), partial(_told, _graph(_own(forward), ("whole", key), machine), model)
+        yield ("whole", key), partial(_told, _graph(_own(forward), ("whole", key), model), model)
     # Pieces are shared by the layers that call the same code, so they have to look at the layer.
     yield ("pieces", key), partial(_told, _in_pieces(_own(forward), ("pieces", key)), model)
-
-
-def _machine(model: Any) -> str | None:
-    """Words for what graphs of `model` are made for, beside the model; None where they are not kept."""
-    facts = (torch.__version__, platform.python_version(), device_name(model), torch.get_num_threads())
-    return " ".join(map(str, facts)) if can_keep(model) else None
 
 
 def _first(ways: list[tuple[Hashable, Callable[..., Any]]], **kwargs: Any) -> Any:
@@ -91,19 +85,19 @@ def _told(graph: Callable[..., Any], model: Any, **kwargs: Any) -> CausalLMOutpu
     return CausalLMOutputWithPast(logits=logits, hidden_states=hidden_states)
 
 
-def _region(known: Hashable, machine: str | None, kind: Hashable) -> Run:
-    """`run_layers` compiled for layers of that kind, in models of which is `known` what they may read."""
+def _region(model: Any, kind: Hashable) -> Run:
+    """`run_layers` compiled for layers of that kind, in models that tell them what `model` does."""
 
     def run(*args: Any) -> Any:
         return run_layers(*args)
 
-    return _graph(run, ("region", kind, known), machine)
+    return _graph(run, ("region", kind, configs(model)), model)
 
 
-def _graph(run: Any, key: Hashable, machine: str | None) -> Callable[..., Any]:
-    """`run` compiled in one piece or not at all for what is built like `key`, and kept where that has words and
-    `machine` is told. Nobody looks at modules before it runs."""
-    graph = _made(run, key, lambda: _keeping(run, key, machine))
+def _graph(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
+    """`run` compiled in one piece or not at all for models that are built like `model`, as `key` tells, and kept where
+    that can be. Nobody looks at modules before it runs."""
+    graph = _made(run, key, lambda: _keeping(run, key, model))
     if isinstance(graph, Kept):
         graph.look_again()
     return graph
@@ -122,11 +116,13 @@ def _made(run: Any, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Ca
     return _graphs[key]
 
 
-def _keeping(run: Any, key: Hashable, machine: str | None) -> Callable[..., Any]:
+def _keeping(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
     plain = _floats_as_they_are(_in_one_piece(run, UNGUARDED))
+    if not can_keep(model):
+        return plain
+    machine = (torch.__version__, platform.python_version(), device_name(model), torch.get_num_threads())
     with suppress(Wordless):
-        if machine is not None:
-            return Kept(run, partial(_in_one_piece, run), plain, f"{worded(key)} {machine}")
+        return Kept(run, partial(_in_one_piece, run), plain, f"{worded(key)} {machine}")
     return plain
 
 
