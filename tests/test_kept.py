@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from ppd_compose import compiled, compose
 from ppd_compose.built import Wordless, built, frozen, worded
-from ppd_compose.kept import Kept
+from ppd_compose.kept import Kept, can_keep
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not hasattr(torch.compiler, "load_compiled_function"),
@@ -146,6 +146,17 @@ def test_what_only_one_process_knows_has_no_words():
     for given in (built(hooked), Local, frozen(lambda: 0), frozen(partial(lambda: 0))):
         with pytest.raises(Wordless):
             worded(given)
+
+
+@needs_compiler
+def test_graphs_of_tensors_that_are_more_than_numbers_are_not_kept():
+    class Odd(nn.Parameter):
+        pass
+
+    base = small()
+    assert can_keep(base)
+    base.lm_head.weight = Odd(base.lm_head.weight.detach())
+    assert not can_keep(base)
 
 
 def test_functions_that_are_no_python_are_told_apart():
