@@ -27,6 +27,7 @@ from .verify import Context, only_last, verify, wait
 MEASURED_CONTEXTS = (128, 640)
 BATCHES = 5  # of rounds at most, while they find faster forwards
 SETTLED = 0.97  # how much faster does not matter
+ENOUGH = 0.5  # seconds for one size: a forward that takes long is hardly longer for what else the machine does
 LARGEST, MOST_ROWS, MOST_CONTEXTS = 2**20, 2**12, 64  # that are believed
 
 
@@ -65,11 +66,12 @@ class Budget:
     @classmethod
     @torch.no_grad()
     def measure(cls, model: PreTrainedModel, rounds: int = 4) -> Budget:
-        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of all; some 200 forwards.
+        """Time verify forwards of `model` as it is now: sizes interleaved, the fastest of all; some 200 forwards, fewer
+        where they take long.
 
         What else runs on the machine only ever adds time, so the fastest is the truest, and a forward is never taken to
         cost more than one of more rows. As long as another `rounds` find faster ones the machine was busy, and more
-        are made, up to `BATCHES` times.
+        are made, up to `BATCHES` times, but none of a size that has taken `ENOUGH` seconds.
         """
         sizes = forward_of(model).sizes
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
@@ -142,16 +144,22 @@ def _rising(table: Floats) -> Floats:
 def _fastest(model: PreTrainedModel, sizes: Sequence[int], context: int, rounds: int) -> Floats:
     """Seconds of the fastest forward of each of `sizes` rows below `context` tokens."""
     cache = _filled(model, context)
+    fastest, spent = np.full(len(sizes), np.inf), np.zeros(len(sizes))
 
-    def times() -> Floats:
-        return np.array([_time_forward(model, cache, n) for n in sizes])
+    def go_round() -> None:
+        for at, rows in enumerate(sizes):
+            if spent[at] < ENOUGH:
+                seconds = _time_forward(model, cache, rows)
+                fastest[at], spent[at] = min(fastest[at], seconds), spent[at] + seconds
 
     with recording(cache), forward_of(model).laid_out(cache, torch.ones(context, dtype=torch.bool, device="cpu")):
-        times()  # warms up
-        fastest: Floats = np.min([times() for _ in range(rounds)], axis=0)
-        for _ in range(BATCHES - 1):
-            before, fastest = fastest, np.min([fastest, *(times() for _ in range(rounds))], axis=0)
-            if (fastest > SETTLED * before).all():
+        go_round()
+        spent[:] = 0  # that one warmed up
+        for batch in range(BATCHES):
+            before = fastest.copy()
+            for _ in range(rounds):
+                go_round()
+            if batch and (fastest > SETTLED * before).all():
                 break
     return fastest
 

@@ -1,6 +1,7 @@
 """The budget: what is measured, what is kept, and that rows are bought only where they pay."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -58,11 +59,26 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_until_it_is_quiet(monkey
 
     def seconds(model, cache, rows):
         timed.append(rows)
-        return 0.001 * rows * (3 if len(timed) < busy and rows > 8 else 1)
+        return 0.0003 * rows * (3 if len(timed) < busy and rows > 8 else 1)
 
     monkeypatch.setattr("ppd_compose.budget._time_forward", seconds)
     budget = Budget.measure(tiny(dtype=torch.float32), rounds=2)
-    assert budget.seconds[0] == pytest.approx([0.001 * rows for rows in budget.rows])
+    assert budget.seconds[0] == pytest.approx([0.0003 * rows for rows in budget.rows])
+
+
+def test_forwards_that_take_long_are_timed_a_few_times_each(monkeypatch):
+    timed = Counter()
+
+    def seconds(model, cache, rows):
+        timed[rows] += 1
+        return 0.2 * rows
+
+    monkeypatch.setattr("ppd_compose.budget._time_forward", seconds)
+    budget = Budget.measure(tiny(dtype=torch.float32))
+    assert budget.seconds[0] == pytest.approx([0.2 * rows for rows in budget.rows])
+    contexts = len(budget.contexts)
+    assert timed[1] == 4 * contexts  # one that warms up, and half a second
+    assert {timed[rows] for rows in budget.rows if rows > 2} == {2 * contexts}
 
 
 @pytest.mark.parametrize(
