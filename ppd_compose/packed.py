@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Multiply, can_multiply, multiplier
-from .paging import page_out
+from .paging import give_back, page_out
 
 # Children of one module that read the same rows, in most models.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -185,6 +185,7 @@ def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Multiply:
     multiply = multiplier(torch.cat(parts) if parts[1:] else parts[0], bias)
     for weight in weights:
         page_out(weight)
+    give_back()  # what the weights were widened to
     return multiply
 
 

@@ -1,4 +1,5 @@
-"""Memory of tensors that lie in a file, as those that safetensors reads do, left to the system until it is read again.
+"""Memory left to the system: of tensors that lie in a file, as those that safetensors reads do, until they are read
+again, and what the allocator holds that nobody uses.
 
 Knows Linux; elsewhere nothing happens. Does not know models.
 """
@@ -26,6 +27,14 @@ def page_out(tensor: Tensor) -> None:
         advise = ctypes.CDLL(None).madvise
         advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         advise(first * page, (last - first) * page, PAGE_OUT)  # advice: a system may refuse it
+
+
+def give_back() -> None:
+    """Leave to the system what was freed. glibc keeps what lies between things that are still in use: after large
+    temporaries of different sizes as much as half of them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # other C libraries have none
+        trim(ctypes.c_size_t(0))
 
 
 def _lies_in_a_file(begin: int, end: int) -> bool:

@@ -1,5 +1,6 @@
 """Weights that lie in a file: what packing them leaves in memory, and that nothing is changed or lost."""
 
+import platform
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny import prompt_tokens, tiny
 from transformers import AutoModelForCausalLM
 
 from ppd_compose import compose
-from ppd_compose.paging import page_out
+from ppd_compose.paging import give_back, page_out
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are told by Linux only")
 
@@ -20,6 +21,10 @@ def resident(path):
     """KiB of the file that lie in this process's memory."""
     told = Path("/proc/self/smaps").read_text().split(str(path.resolve()))[1:]
     return sum(int(re.search(r"\nRss: +(\d+)", part).group(1)) for part in told)
+
+
+def resident_in_all():
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
 def mapped(path, numbers=1 << 20):
@@ -54,6 +59,18 @@ def test_what_was_written_is_kept(tmp_path):
     expected = torch.arange(1 << 20, dtype=torch.float32)
     assert torch.equal(states[5000:], expected[5000:])
     assert (states[:5000] == -1.0).all()
+
+
+@linux
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give back by themselves, or not at all")
+def test_what_was_freed_between_things_in_use_goes_back():
+    blocks = [torch.ones(16_000) for _ in range(600)]
+    pinned = blocks[::20]
+    del blocks
+    before = resident_in_all()
+    give_back()
+    assert resident_in_all() < before - 20_000
+    assert all(float(each.sum()) == 16_000 for each in pinned)
 
 
 @pytest.mark.parametrize("states", [torch.ones(3), torch.ones(1 << 20), torch.ones(64, 64).t(), torch.empty(0)])
