@@ -51,16 +51,21 @@ def configs(model: Any) -> Hashable:
 def parts(module: Any) -> Hashable:
     """Kinds and settings of `module` and those in it, by what they compute, sizes of tensors, which are the same."""
     first: dict[int, int] = {}  # which of all that was seen so far is the same
-    modules = [
-        (name, first.setdefault(id(each), len(first)), *_code(type(each)), hooks_of(each), _settings(each, not name))
-        for name, each in module.named_modules(remove_duplicate=False)
-    ]
-    tensors = [
-        (name, first.setdefault(id(tensor), len(first)), *_kind(tensor))
-        for named in (module.named_parameters, module.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    ]
-    return tuple(modules), tuple(tensors)
+
+    def number(one: object) -> int:
+        return first.setdefault(id(one), len(first))
+
+    def tensors(one: Any) -> Hashable:
+        held = (*one._parameters.items(), *one._buffers.items())
+        return tuple([(name, number(tensor), *_kind(tensor)) for name, tensor in held if tensor is not None])
+
+    modules = module.named_modules(remove_duplicate=False)
+    return tuple(
+        [
+            (name, number(each), *_code(type(each)), hooks_of(each), _settings(each, not name), tensors(each))
+            for name, each in modules
+        ]
+    )
 
 
 def hooks_of(module: Any) -> tuple[Hashable, ...]:
@@ -89,8 +94,10 @@ def _code(kind: type) -> tuple[Hashable, ...]:
 
 def _settings(module: Any, outermost: bool) -> Hashable:
     """What else a module holds. The outermost one's `forward` is what is compiled."""
-    given = {name: value for name, value in vars(module).items() if name not in TOLD_APART and "hooks" not in name}
-    return frozen({name: value for name, value in given.items() if not (outermost and name == "forward")})
+    apart = (*TOLD_APART, "forward") if outermost else TOLD_APART
+    return tuple(
+        [(name, frozen(held)) for name, held in vars(module).items() if "hooks" not in name and name not in apart]
+    )
 
 
 def frozen(value: Any) -> Hashable:
