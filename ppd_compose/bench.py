@@ -6,7 +6,7 @@ Knows how to time and compare generations. Does not print or load anything.
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -207,18 +207,26 @@ def _reliability(stats: Sequence[Stats]) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def divergence(base: PreTrainedModel, mine: Answered, theirs: Answered) -> dict[str, Any] | None:
-    """Where two answers part, and how far apart the base's two best logits are there; None when they are equal."""
+def best_two(base: PreTrainedModel, answer: Answered) -> Any:
+    """The two best logits `[tokens + 1, 2]` after the prompt and after each token of `answer`, the better first, and
+    whose they are, by one forward of `base`."""
+    rows = answer.tokens + 1
+    last = {"logits_to_keep": rows} if only_last(base) else {}
+    return base(input_ids=torch.tensor([answer.ids], device=base.device), **last).logits[0, -rows:].float().topk(2)
+
+
+def divergence(mine: Answered, theirs: Answered, best: Callable[[], Any]) -> dict[str, Any] | None:
+    """Where two answers part, and how far apart the two best logits are there, which `best` tells as `best_two` of
+    `theirs`; None when they are equal."""
     if mine.ids == theirs.ids:
         return None
     shorter = min(len(mine.ids), len(theirs.ids))
     at = next((i for i in range(shorter) if mine.ids[i] != theirs.ids[i]), shorter)
-    ids = torch.tensor([theirs.ids[:at]], device=base.device)
-    logits = base(input_ids=ids, **only_last(base)).logits[0, -1].float()
-    best = logits.topk(2)
+    position = at - theirs.prompt_length
+    (better, other), tokens = (told[position].tolist() for told in best())
     return {
-        "position": at - theirs.prompt_length,
-        "gap": float(best.values[0] - best.values[1]),
-        "top": best.indices.tolist(),
+        "position": position,
+        "gap": better - other,
+        "top": tokens,
         "tokens": [theirs.ids[at : at + 1], mine.ids[at : at + 1]],
     }

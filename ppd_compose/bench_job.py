@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .bench import BASE, Answered, Protocol, WithSettings, divergence, joined, one_round, summarise
+from .bench import BASE, Answered, Protocol, WithSettings, best_two, divergence, joined, one_round, summarise
 from .compose import compose
 from .environment import environment
 from .journal import Journal
@@ -84,6 +85,7 @@ def bench(
     with Progress(console=console) as progress:
         made = _asked(loaded, made, contenders, protocol, journal, progress)
     by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}
+    best = [cache(partial(best_two, loaded.model, answer)) for answer in by_name[BASE]]  # all contenders ask for them
     result = {
         "schema": SCHEMA,
         "environment": {**provenance, "base": loaded.name, "base_origin": loaded.origin},
@@ -91,7 +93,7 @@ def bench(
         "skipped": dict(skipped or {}),
         "budgets": {name: asdict(model.budget) for name, model in made.items() if hasattr(model, "plugins")},
         "base": _base(by_name[BASE]),
-        "runs": [_report(loaded, name, by_name[name], by_name[BASE], protocol) for name in made],
+        "runs": [_report(name, by_name[name], by_name[BASE], best, protocol) for name in made],
         "traces": _traces(loaded, contenders(), protocol),
     }
     if out is not None:
@@ -174,12 +176,16 @@ def _base(answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def _report(
-    loaded: LoadedBase, name: str, answers: Sequence[Answered], base: Sequence[Answered], protocol: Protocol
+    name: str,
+    answers: Sequence[Answered],
+    base: Sequence[Answered],
+    best: Sequence[Callable[[], Any]],
+    protocol: Protocol,
 ) -> dict[str, Any]:
     told = summarise(name, answers, base)
     if protocol.temperature:  # of drawn tokens the gap of the two best logits says nothing
         return {**told, "divergences": []}
-    parted = [divergence(loaded.model, mine, theirs) for mine, theirs in zip(answers, base, strict=True)]
+    parted = [divergence(*those) for those in zip(answers, base, best, strict=True)]
     return {**told, "divergences": [{"question": i, **d} for i, d in enumerate(parted) if d is not None]}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .bench import Answered, divergence
+from .bench import Answered, best_two, divergence
 from .compose import compose
 from .hookspecs import hookimpl
 from .loading import LoadedBase
@@ -70,13 +71,12 @@ def demo(
     fast, fast_seconds = _timed(model, ids, max_new_tokens)
     console.print("\n\n[dim]the same with plain generate ...[/]")
     plain, plain_seconds = _timed(loaded.model, ids, max_new_tokens)
+    mine, theirs = (Answered("demo", ids.shape[1], ids=x[0].tolist()) for x in (fast, plain))
     told = {
         "tokens": fast.shape[1] - ids.shape[1],
         "tokens_per_forward": model.stats.tokens_per_forward,
         "speedup": (fast.shape[1] - ids.shape[1]) / fast_seconds / ((plain.shape[1] - ids.shape[1]) / plain_seconds),
-        "divergence": divergence(
-            loaded.model, *(Answered("demo", ids.shape[1], ids=x[0].tolist()) for x in (fast, plain))
-        ),
+        "divergence": divergence(mine, theirs, partial(best_two, loaded.model, theirs)),
     }
     console.print(_verdict(told, model.plugins.drafters))
     return told

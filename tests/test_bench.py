@@ -13,7 +13,7 @@ from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import bench_job, compose
-from ppd_compose.bench import Answered, Protocol, divergence, joined, summarise
+from ppd_compose.bench import Answered, Protocol, best_two, divergence, joined, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
 from ppd_compose.packed import can_pack
@@ -28,17 +28,18 @@ def test_a_difference_is_told_with_its_place_and_the_gap_of_the_bases_logits():
     theirs = Answered("qa", 12, ids=ids[0].tolist())
     best = base(ids[:, :16]).logits[0, -1].detach().topk(2)
     mine = Answered("qa", 12, ids=[*theirs.ids[:16], int(best.indices[1]), *theirs.ids[17:]])
-    told = divergence(base, mine, theirs)
+    told = divergence(mine, theirs, partial(best_two, base, theirs))
     assert told["position"] == 4
     assert told["gap"] == pytest.approx(float(best.values[0] - best.values[1]), rel=1e-5)
     assert told["tokens"] == [[theirs.ids[16]], [mine.ids[16]]]
-    assert divergence(base, theirs, theirs) is None
+    assert divergence(theirs, theirs, lambda: pytest.fail("nothing to ask")) is None
 
 
 def test_an_answer_that_is_shorter_parts_where_it_ends():
     base = tiny()
     ids = base.generate(prompt(), max_new_tokens=10, do_sample=False)[0].tolist()
-    told = divergence(base, Answered("qa", 12, ids=ids[:-3]), Answered("qa", 12, ids=ids))
+    theirs = Answered("qa", 12, ids=ids)
+    told = divergence(Answered("qa", 12, ids=ids[:-3]), theirs, partial(best_two, base, theirs))
     assert (told["position"], told["tokens"]) == (7, [[ids[19]], []])
 
 
@@ -126,6 +127,17 @@ def test_a_benchmark_that_is_cut_off_goes_on_where_it_stopped(tmp_path, temperat
     assert list(result["runs"][1]["acceptance"]) == ["recycling"]
     assert result["runs"][0]["reliability"] == []
     assert all(0 <= tenth["right"] <= 1 and tenth["guesses"] > 0 for tenth in result["runs"][1]["reliability"])
+
+
+def test_a_question_on_which_several_part_from_the_base_is_computed_once(monkeypatch):
+    base, asked = tiny(), []
+    loaded = LoadedBase(base, tokenizer(), "tiny", "here")
+    questions = [Question(prompt(seed=i), "qa") for i in range(2)]
+    monkeypatch.setattr(bench_job, "best_two", lambda *told: asked.append(told) or best_two(*told))
+    others = {"second": tiny(seed=1), "third": tiny(seed=2)}
+    runs = bench(loaded, lambda: others, Protocol(questions, 1, 8), "command", Console(quiet=True))["runs"]
+    assert [len(run["divergences"]) for run in runs] == [2, 2]
+    assert len(asked) == 2
 
 
 def test_what_learns_while_it_decodes_knows_no_answer_from_the_round_before():
