@@ -6,7 +6,7 @@ Knows modules, their settings and tensors. Does not know torch.compile.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast
@@ -28,7 +28,7 @@ class Wordless(Exception):
 
 def built(model: Any) -> Hashable:
     """All that a graph of `model` takes for given."""
-    return parts(model), configs(model)
+    return parts(model, ("forward",)), configs(model)  # that is what is compiled
 
 
 def taken_for_given(model: Any) -> Hashable:
@@ -48,8 +48,9 @@ def configs(model: Any) -> Hashable:
     return tuple(frozen(vars(config)) for config in (model.config, model.config.get_text_config()))
 
 
-def parts(module: Any) -> Hashable:
-    """Kinds and settings of `module` and those in it, by what they compute, sizes of tensors, which are the same."""
+def parts(module: Any, but: Sequence[str] = ()) -> Hashable:
+    """Kinds and settings of `module`, `but` those of these names, and of the modules in it, by what they compute, sizes
+    of tensors, which are the same."""
     first: dict[int, int] = {}  # which of all that was seen so far is the same
 
     def number(one: object) -> int:
@@ -59,13 +60,11 @@ def parts(module: Any) -> Hashable:
         held = (*one._parameters.items(), *one._buffers.items())
         return tuple([(name, number(tensor), *_kind(tensor)) for name, tensor in held if tensor is not None])
 
-    modules = module.named_modules(remove_duplicate=False)
-    return tuple(
-        [
-            (name, number(each), *_code(type(each)), hooks_of(each), _settings(each, not name), tensors(each))
-            for name, each in modules
-        ]
-    )
+    def told(name: str, one: Any) -> Hashable:
+        settings = _settings(one, () if name else but)
+        return name, number(one), *_code(type(one)), hooks_of(one), settings, tensors(one)
+
+    return tuple([told(name, one) for name, one in module.named_modules(remove_duplicate=False)])
 
 
 def hooks_of(module: Any) -> tuple[Hashable, ...]:
@@ -92,9 +91,9 @@ def _code(kind: type) -> tuple[Hashable, ...]:
     return kind, frozen(getattr(kind, "forward", None))
 
 
-def _settings(module: Any, outermost: bool) -> Hashable:
-    """What else a module holds. The outermost one's `forward` is what is compiled."""
-    apart = (*TOLD_APART, "forward") if outermost else TOLD_APART
+def _settings(module: Any, but: Sequence[str]) -> Hashable:
+    """What else a module holds."""
+    apart = (*TOLD_APART, *but)
     return tuple(
         [(name, frozen(held)) for name, held in vars(module).items() if "hooks" not in name and name not in apart]
     )
@@ -115,7 +114,7 @@ def frozen(value: Any) -> Hashable:
     if isinstance(value, MethodType):
         return value.__func__
     if isinstance(value, partial):
-        return frozen(value.func), frozen(value.args)
+        return frozen(value.func), frozen(value.args), frozen(value.keywords)
     return cast(Hashable, type(value))
 
 
@@ -142,4 +141,6 @@ def _found_by_its_name(given: Any) -> bool:
     found: Any = sys.modules.get(given.__module__ or "")
     for name in given.__qualname__.split("."):
         found = getattr(found, name, None)
+    while found is not given and hasattr(found, "__wrapped__"):  # by a decorator, in the place of what it wraps
+        found = found.__wrapped__
     return found is given

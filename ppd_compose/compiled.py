@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .built import Wordless, built, configs, parts, worded
 from .identity import device_name
-from .kept import NUMBERS, Kept, can_keep
+from .kept import Kept, can_keep, tracing
 from .modes import beside
 from .regions import Run, Unfit, in_regions, run_layers
 
@@ -104,7 +104,7 @@ def _graph(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
 
 
 def _in_pieces(run: Any, key: Hashable) -> Callable[..., Any]:
-    return _made(run, key, lambda: _floats_as_they_are(torch.compile(run, dynamic=True, options=OPTIONS)))
+    return _made(run, key, lambda: _traced(torch.compile(run, dynamic=True, options=OPTIONS)))
 
 
 def _made(run: Any, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -117,11 +117,11 @@ def _made(run: Any, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Ca
 
 
 def _keeping(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
-    plain = _floats_as_they_are(_in_one_piece(run, UNGUARDED))
+    plain = _traced(_in_one_piece(run, UNGUARDED))
     if not can_keep(model):
         return plain
     machine = (torch.__version__, platform.python_version(), device_name(model), torch.get_num_threads())
-    with suppress(Wordless):
+    with suppress(Wordless, OSError):  # else graphs last as long as the process
         return Kept(run, partial(_in_one_piece, run), plain, f"{worded(key)} {machine}")
     return plain
 
@@ -130,11 +130,11 @@ def _in_one_piece(run: Any, guards: Any) -> Any:
     return torch.compile(run, dynamic=True, fullgraph=True, options={**OPTIONS, "guard_filter_fn": guards})
 
 
-def _floats_as_they_are(graph: Callable[..., Any]) -> Callable[..., Any]:
-    """`graph`, traced with settings such as the scale of attention as numbers."""
+def _traced(graph: Callable[..., Any]) -> Callable[..., Any]:
+    """`graph`, which torch makes when it is called."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**NUMBERS):
+        with tracing():
             return graph(*args, **kwargs)
 
     return run

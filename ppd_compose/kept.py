@@ -10,26 +10,24 @@ import importlib
 import inspect
 import io
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from .built import PLAIN, Same, Wordless, worded
 from .storage import cache_folder, staged_file
 
 BUILTINS = "__builtins_dict__"  # by what name Python's own functions are found, which nobody replaces
+ORDER = "list(dict.keys("  # what stands at some place of a dictionary, which goes by what else a process has loaded
 MOST = 8  # forms of one function, as many as torch compiles
-# Else torch takes settings such as the scale of attention for inputs that change, finds that most cannot be, and traces
-# everything once more.
-NUMBERS: dict[str, Any] = {"specialize_float": True}
-
 Filter = Callable[[Sequence[Any]], Sequence[bool]]
 
 
@@ -39,6 +37,18 @@ def can_keep(model: Any) -> bool:
     tensors = (*model.parameters(), *model.buffers())
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
     return hasattr(torch.compiler, "load_compiled_function") and plain
+
+
+@contextmanager
+def tracing(**more: Any) -> Iterator[None]:
+    """Within, what torch traces has settings such as the scale of attention as numbers and weights as inputs, with
+    `more` of its settings.
+
+    Else it takes the former for inputs that change, finds that most cannot be, and traces everything once more; and
+    where a user has asked for frozen weights, a graph for all models that are built alike would hold those of one.
+    """
+    with torch._dynamo.config.patch(specialize_float=True, **more), torch._inductor.config.patch(freezing=False):
+        yield
 
 
 class Kept:
@@ -87,7 +97,7 @@ class Kept:
     def _compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Form | None:
         guards = _Guards()
         try:
-            with torch._dynamo.config.patch(enable_aot_compile=True, **NUMBERS):
+            with tracing(enable_aot_compile=True):
                 graph = self.compile(guards).aot_compile((args, kwargs))
             form = _Form.of(graph, guards.globals)
         except torch._dynamo.exc.Unsupported:
@@ -140,11 +150,17 @@ class _Form:
         return self.now() == self.were
 
     def words(self) -> dict[str, str]:
-        """What they are, as far as another process can tell."""
+        """What they are, as far as another process can tell.
+
+        Raises `Wordless` for a function or class that it cannot: of an object, what is read of it is a global too.
+        """
         told = {}
         for name, seen in self.were.items():
-            with suppress(Wordless):
+            try:
                 told[name] = worded(seen)
+            except Wordless:
+                if isinstance(seen, FunctionType | type):
+                    raise
         return told
 
     def write(self, path: Path) -> None:
@@ -164,8 +180,8 @@ class _Guards:
 
     def __call__(self, entries: Sequence[Any]) -> list[bool]:
         """Which of `entries` to check before a graph is used."""
-        names = [entry.name for entry in entries if entry.is_global and entry.name.startswith("G[")]
-        self.globals = [name for name in dict.fromkeys(names) if BUILTINS not in name]
+        names = [entry.name for entry in entries if entry.is_global and "G[" in entry.name]
+        self.globals = [name for name in dict.fromkeys(names) if BUILTINS not in name and ORDER not in name]
         unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
         return [
             not entry.is_global and ((wanted and _lasts(entry)) or _lists_modules(entry))
@@ -199,6 +215,8 @@ def _seen(value: object) -> Hashable:
     global of its own."""
     if isinstance(value, Mapping | list | tuple | set | frozenset):
         return type(value), bool(value)
+    if isinstance(value, MethodType):  # made anew whenever it is looked up
+        return value.__func__, Same(value.__self__)
     return value if isinstance(value, (*PLAIN, type)) else Same(value)
 
 

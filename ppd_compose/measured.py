@@ -35,13 +35,12 @@ def measured_budget(model: PreTrainedModel, again: bool = False) -> Budget:
 
     A file that cannot be read is measured anew; where nothing can be kept, the budget lasts as long as the model.
     """
-    path = _path(model)
-    if path.exists() and not again:
+    if not again:
         with suppress(OSError, ValueError):
-            return Budget.load(path)
+            return Budget.load(_path(model))
     budget = Budget.measure(model)
     with suppress(OSError):
-        budget.save(path)
+        budget.save(_path(model))
     return budget
 
 

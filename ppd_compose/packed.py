@@ -103,8 +103,8 @@ def pack_layers(modules: nn.Module) -> None:
             vars(module)["siblings"] = None
             fresh.add(id(module.weight))
     # What was packed before may be of other numbers: writes by way of `.data`, as PEFT merges, leave no trace.
-    for key in [key for key in _packs if not fresh.isdisjoint(key)]:
-        del _packs[key]
+    for key in [key for key in list(_packs) if not fresh.isdisjoint(key)]:  # other threads pack meanwhile
+        _packs.pop(key, None)
     for module in modules.modules():
         for names in TOGETHER:
             _bring_together([getattr(module, name, None) for name in names])
@@ -191,8 +191,9 @@ def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Multiply:
 
 def _forget(key: tuple[int, ...], gone: weakref.ref[Tensor]) -> None:
     """Drop what is kept under `key`, unless other tensors took the places of those that are gone."""
-    if key in _packs and any(ref is gone for ref in _packs[key].made_from):
-        del _packs[key]
+    known = _packs.get(key)
+    if known is not None and any(ref is gone for ref in known.made_from):
+        _packs.pop(key, None)
 
 
 def _shape(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ layers are called, by transformers' conventions. Does not know torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ def in_regions(model: Any, kind: Callable[[Any], Hashable], run: Callable[[Hasha
     if len(found) != 1:
         return None
     name, layers = found[0]
+    if _share_tensors(layers):
+        return None  # which inputs of a graph are the same would be told for one region, and be taken for all
     copies = [_unnumbered(layer) or layer for layer in layers]
     kinds = {kind(layer) for layer in copies}
     if len(kinds) > 1 or any(m._forward_hooks or m._forward_pre_hooks for copy in copies for m in copy.modules()):
@@ -132,6 +134,11 @@ def in_regions(model: Any, kind: Callable[[Any], Hashable], run: Callable[[Hasha
     compiled, originals = run((size, *kinds)), list(layers)
     regions = [Region(originals[i : i + size], copies[i : i + size], i, compiled) for i in range(0, count, size)]
     return _with(model, name.split("."), nn.ModuleList(regions))
+
+
+def _share_tensors(layers: Iterable[nn.Module]) -> bool:
+    each = [{id(tensor) for tensor in (*layer.parameters(), *layer.buffers())} for layer in layers]
+    return len(set().union(*each)) < sum(map(len, each))
 
 
 def _unnumbered(module: Any) -> Any:

@@ -14,9 +14,16 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can make again: `$PPD_COMPOSE_HOME`, else the user's cache."""
+    """Where this project keeps what it can make again: `$PPD_COMPOSE_HOME`, else the user's cache.
+
+    Raises `OSError` where it is in the user's home, and there is none.
+    """
     own, cache = os.environ.get("PPD_COMPOSE_HOME"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(cache) / "ppd_compose").expanduser()
+    folder = Path(own) if own else Path(cache) / "ppd_compose"
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise OSError(f"{folder} cannot be found, set PPD_COMPOSE_HOME to a folder: {error}") from None
 
 
 @contextmanager

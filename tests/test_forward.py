@@ -378,6 +378,33 @@ def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_o
         assert torch.equal(answer(model), answer(base))
 
 
+def reversed_(layer, *args, **kwargs):
+    return -type(layer).forward(layer, *args, **kwargs)
+
+
+def test_a_layer_whose_own_forward_was_replaced_is_not_taken_for_the_others(monkeypatch, traced):
+    monkeypatch.setattr(regions, "MOST", 1)
+    base, other = (tiny(dtype=torch.float32) for _ in range(2))
+    layer = other.model.layers[1]
+    layer.forward = MethodType(reversed_, layer)
+    for each in (base, other):
+        model = compose(each, prompt_tokens(), budget=12, compile="regions")
+        assert torch.equal(answer(model), answer(each))
+    assert not torch.equal(answer(other), answer(base))
+
+
+def test_layers_that_share_tensors_are_not_taken_for_others(monkeypatch, traced):
+    monkeypatch.setattr(regions, "MOST", 2)
+    base, other = (tiny(dtype=torch.float32, num_hidden_layers=4) for _ in range(2))
+    for name, module in other.model.layers[0].named_modules():
+        for key, parameter in module._parameters.items():
+            other.model.layers[1].get_submodule(name)._parameters[key] = parameter
+    for each in (other, base):
+        model = compose(each, prompt_tokens(), budget=12, compile="regions")
+        assert torch.equal(answer(model), answer(each))
+    assert not torch.equal(answer(other), answer(base))
+
+
 def test_experts_that_a_router_calls_are_not_taken_for_those_of_another_layer(traced):
     base = tiny("mixtral", **FEW_LAYERS["mixtral"])
     assert torch.equal(answer(compose(base, prompt_tokens(), budget=12, compile=True)), answer(base))

@@ -9,6 +9,8 @@ import torch
 from test_forward import answer
 from tiny import prompt_tokens, tiny
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 from ppd_compose import compiled, compose
@@ -107,6 +109,56 @@ def test_a_forward_that_is_replaced_in_a_class_is_seen_too(home, another_process
     assert torch.equal(answer(composed(small())), answer(base))
 
 
+def negated(module, query, key, value, mask, **more):
+    return sdpa_attention_forward(module, query, key, -value, mask, **more)
+
+
+@needs_compiler
+def test_attention_that_is_registered_anew_is_seen_too(home, another_process, monkeypatch):
+    def own():  # as many key heads as others: their attention is left alone
+        return tiny(dtype=torch.float32, num_hidden_layers=2, num_key_value_heads=4)
+
+    base = own()
+    model = composed(base)
+    before = answer(base)
+    assert torch.equal(answer(model), before)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", negated)
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+    another_process()
+    assert torch.equal(answer(composed(own())), answer(base))
+
+
+@needs_compiler
+def test_a_graph_of_a_function_that_no_other_process_can_name_is_not_written(home, another_process, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "rotate_half", lambda x: 2 * x)
+        base = small()
+        assert torch.equal(answer(composed(base)), answer(base))
+    assert not files(home)
+    another_process()
+    assert torch.equal(answer(composed(small())), answer(base))
+
+
+@needs_compiler
+def test_weights_are_inputs_of_a_graph_also_where_a_user_has_them_frozen(home):
+    with torch._inductor.config.patch(freezing=True):
+        for seed in (0, 1):
+            base = tiny(dtype=torch.float32, num_hidden_layers=2, seed=seed)
+            assert torch.equal(answer(composed(base)), answer(base))
+        assert torch._inductor.config.freezing
+
+
+@needs_compiler
+def test_graphs_last_as_long_as_the_process_where_a_folder_may_not_be_entered(home, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no entry")
+
+    base = small()
+    monkeypatch.setattr(type(home), "glob", refuse)
+    assert torch.equal(answer(composed(base)), answer(base))
+
+
 @needs_compiler
 def test_without_a_place_for_files_graphs_last_as_long_as_the_process(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
@@ -161,3 +213,13 @@ def test_graphs_of_tensors_that_are_more_than_numbers_are_not_kept():
 
 def test_functions_that_are_no_python_are_told_apart():
     assert frozen(torch.tanh) != frozen(torch.sigmoid)
+
+
+def scaled(x, slope):
+    return slope * x
+
+
+def test_a_function_with_some_of_its_arguments_is_told_from_one_with_others():
+    given = [frozen(partial(scaled, slope=slope)) for slope in (2.0, -2.0)]
+    assert given[0] != given[1]
+    assert worded(given[0]) != worded(given[1])
