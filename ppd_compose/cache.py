@@ -23,6 +23,7 @@ from .written import InPlaceLayer
 
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 NAME, OLD_NAME = "cache", "past_key_values"  # of the KV cache, from transformers 5.24 on and before
+ROUTERS = "output_router_logits"
 GENERATE_NAME = NAME if NAME in inspect.signature(GenerateDecoderOnlyOutput).parameters else OLD_NAME
 
 
@@ -36,9 +37,11 @@ def _cache_name(forward: Callable[..., Any]) -> str:
     return NAME if NAME in inspect.signature(forward).parameters else OLD_NAME
 
 
-def with_cache(model: object, cache: Cache) -> dict[str, Any]:
-    """Keyword arguments of a forward of `model` that reads `cache` and adds to it."""
-    return {cache_name(model): cache, "use_cache": True}
+def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
+    """Keyword arguments of a forward of `model` that reads `cache` and adds to it, and of experts tells nothing: what
+    they did is a part of losses, which are computed from masks of tokens, not of candidate trees."""
+    quiet = {ROUTERS: False} if getattr(model.config, ROUTERS, False) else {}
+    return {cache_name(model): cache, "use_cache": True, **quiet}
 
 
 def refuse_cache(cache: object, model: PreTrainedModel) -> None:

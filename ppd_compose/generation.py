@@ -54,8 +54,10 @@ class Composed:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
-        *,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
         streamer: BaseStreamer | None = None,
+        *,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -73,7 +75,8 @@ class Composed:
             self.followed.take_up(self)
             refuse_attention(self)  # type: ignore[arg-type]
             refuse_wrapper(self)
-            refuse_arguments(kwargs, generation_config or self.generation_config)
+            kwargs |= {"synced_gpus": synced_gpus, "assistant_model": assistant_model}
+            refuse_arguments(kwargs, generation_config, self.generation_config)
             return super().generate(  # type: ignore[misc,no-any-return]
                 inputs,
                 generation_config,

@@ -112,9 +112,9 @@ def _is_mask(buffer: Tensor) -> bool:
     return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
-def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig) -> None:
-    """Raise `ValueError` for keyword arguments of `generate`, or the `config` beside them, that have no meaning for a
-    candidate tree."""
+def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
+    """Raise `ValueError` for keyword arguments of `generate`, or what `configs` say where those are silent, the first
+    one first, that have no meaning for a candidate tree."""
     if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
         raise ValueError("a composed model drafts itself: pass the other drafter to compose() instead")
     if kwargs.get("custom_generate") is not None:
@@ -123,7 +123,8 @@ def refuse_arguments(kwargs: dict[str, Any], config: GenerationConfig) -> None:
         raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
     if kwargs.get("position_ids") is not None:
         raise ValueError("position_ids follow from attention_mask here: pass that instead")
-    if kwargs.get("token_healing") or config.token_healing:
+    healing = [kwargs.get("token_healing"), *(config.token_healing for config in configs if config is not None)]
+    if next((told for told in healing if told is not None), False):
         raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
     if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
         raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")

@@ -42,11 +42,15 @@ def for_host(claims: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def on_host(*told: Tensor) -> tuple[NDArray[np.float32], Ints]:
-    """Claims in float32 and tokens, brought from their device in one copy; `told` is what `for_host` made of them."""
+    """Claims in float32 and tokens, brought from their device in one copy; `told` is what `for_host` made of them.
+
+    What is no number, as where half precision overflows, is claimed by nobody: -inf.
+    """
     if len(told) == 1:
-        return _unpacked(told[0].numpy(force=True))
-    claims, tokens = told
-    return claims.numpy(force=True), tokens.numpy()
+        claims, tokens = _unpacked(told[0].numpy(force=True))
+    else:
+        claims, tokens = told[0].numpy(force=True), told[1].numpy()
+    return np.where(np.isnan(claims), -np.inf, claims), tokens
 
 
 def _packed(claims: Tensor, tokens: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """generate() as transformers means it: lengths, stops, processors, sampling, streams, dictionaries, chats, chunks."""
 
+import math
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from ppd_compose.integrations.recycling import TokenRecycling
 from tiny import GROUPED, VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 from transformers import (
     DynamicCache,
@@ -598,3 +600,62 @@ def test_criteria_asked_as_numbers_end_a_sequence_where_those_of_transformers_do
                 ids = torch.full((1, length), token)
                 assert ours(ids.clone, length, token, None) is bool(theirs(ids, None).all()), (criteria, token, length)
     assert [type(each) for each in Stops(StoppingCriteriaList([MaxLengthCriteria(9, 3)])).others] == [MaxLengthCriteria]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts_whose_routers_are_watched_while_training_decode_as_ever(padded):
+    """The flag is saved with fine-tunes, and makes a forward compute a loss from its mask."""
+    base = tiny("mixtral")
+    base.config.output_router_logits = True
+    ids = prompt()
+    mask = torch.ones_like(ids)
+    mask[:, : 3 * padded] = 0
+    expected = base.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    model = compose(base, Oracle(expected[0, 3 * padded :].tolist(), lie=3), prompt_tokens(), budget=16)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False), expected)
+    assert model.stats.tokens_per_forward > 1
+    assert base.config.output_router_logits
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("how", [{}, {"remove_invalid_values": True}])
+def test_what_a_model_says_that_is_no_number_is_decoded_as_by_generate(number, how):
+    base = tiny(dtype=torch.float32)
+
+    def spoil(module, args, out):
+        return torch.cat([out[..., :5], torch.full_like(out[..., 5:6], number), out[..., 6:]], -1)
+
+    base.lm_head.register_forward_hook(spoil)
+    given = {"attention_mask": torch.ones_like(prompt()), "max_new_tokens": 12, "do_sample": False, **how}
+    expected = base.generate(prompt(), **given)
+    model = compose(base, prompt_tokens(), TokenRecycling(), budget=16)
+    assert torch.equal(model.generate(prompt(), **given), expected)
+
+
+def test_arguments_by_their_places_mean_what_they_mean_to_the_base():
+    base, told = tiny(), []
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            told.append(value.tolist())
+
+        def end(self):
+            told.append("end")
+
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    outs, all_told = [], []
+    for model in (base, compose(base, prompt_tokens(), budget=8)):
+        outs.append(model.generate(prompt(), config, None, None, None, None, None, Streamer()))
+        all_told.append(list(told))
+        told.clear()
+    assert torch.equal(*outs)
+    assert all_told[0] == all_told[1]
+
+
+def test_token_healing_by_the_models_own_config_is_refused_beside_a_config_that_is_silent():
+    model = compose(tiny(), prompt_tokens(), budget=8)
+    model.generation_config.token_healing = True
+    silent, off = (GenerationConfig(max_new_tokens=3, **more) for more in ({}, {"token_healing": False}))
+    with pytest.raises(ValueError, match="heal_tokens"):
+        model.generate(prompt(), generation_config=silent)
+    assert model.generate(prompt(), generation_config=off).shape[1] == prompt().shape[1] + 3
