@@ -75,7 +75,7 @@ def main() -> None:
     except UsageError as error:
         error.show()
         code = MISTYPED
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:  # the last: of what files need
         console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
         code = 1
     if code == INTERRUPTED:
@@ -117,7 +117,9 @@ def generate(
     drafters: ListingOption = "ppd",
     max_new_tokens: LengthOption = 256,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of sampling, which it asks for; 0 is greedy. 1 when left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     rows: RowsOption = None,
     dtype: DtypeOption = "bfloat16",
@@ -131,7 +133,8 @@ def generate(
     from .compose import compose
 
     loaded = load_base(base, dtype, device)
-    sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    heat = temperature if temperature is not None else float(sample)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
     how = compiling(compile, regions)
     model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=how)
     stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
@@ -218,14 +221,16 @@ def profile(
     from .prompts import read_prompts
     from .questions import questions_from
 
+    if plot is not None:
+        profiling.refuse_plot(plot)
     loaded = load_base(base, dtype, device)
     model = compose(loaded.model, *drafters_of(drafters), packed=packed, compile=compiling(compile, regions))
     asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, 1)
     told = profiling.profile(model, asked, max_new_tokens, again, command_line())
     profiling.show(told, console)
+    print(json.dumps(told), flush=True)
     if plot is not None:
         profiling.plot(told, plot)
-    print(json.dumps(told))
 
 
 @app.command()

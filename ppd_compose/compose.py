@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def compose(
         An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
 
     Raises:
-        TypeError: `base` is no transformers model, or an object implements no or an unknown hook.
+        TypeError: `base` is no transformers model, an object implements no or an unknown hook, drafters come as a list,
+            or `budget` is something else.
         OSError: a drafter or the calibration is given by name, folder or file, and cannot be read or found.
         ValueError: the base is a composition already or cannot verify a candidate tree, a drafter was made for another
             base, weights cannot be packed where the base is, `compile` is another word, or the calibration is that of
@@ -72,16 +74,31 @@ def compose(
         raise ValueError("the base is a composition already: compose its own base, with all drafters at once")
     refuse_base(base)
     refuse_attention(base)
-    watch = Watch() if budget is None else None
+    given = _budget(budget)
+    watch = Watch() if given is None else None
     others = plugins if watch is None else [*plugins, watch]
-    loaded = composition([load_drafter(d) if isinstance(d, str | Path) else d for d in drafters], others, calibration)
+    loaded = composition([_drafter(each) for each in drafters], others, calibration)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
     model.forwards = chosen(model, base, packed, compile)
     model.followed = Apart(base) if packed or compile else Followed(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
-    model.budget, model.watch = Budget.flat(budget) if isinstance(budget, int) else budget, watch
+    model.budget, model.watch = given, watch
     return model
+
+
+def _drafter(given: Any) -> Any:
+    if isinstance(given, list | tuple | set | dict):
+        raise TypeError(f"drafters are given one by one, compose(base, *drafters), got a {type(given).__name__}")
+    return load_drafter(given) if isinstance(given, str | Path) else given
+
+
+def _budget(given: Any) -> Budget | None:
+    if given is None or isinstance(given, Budget):
+        return given
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise TypeError(f"budget is the most rows of a forward, a Budget or None to measure it, got {given!r:.60}")
+    return Budget.flat(int(given))
 
 
 def composition(

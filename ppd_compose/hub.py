@@ -145,15 +145,20 @@ def pull_folder(repo_id: str, folder: Path, *, revision: str | None = None, toke
 
     Raises:
         FileExistsError: `folder` is there already.
+        ValueError: the repository holds nothing of what is shared.
         OSError: the Hub refused or could not be reached.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: remove it, or name another")
     with asking_the_hub(repo_id, revision):
         fetched = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(SHARED)))
+    if not (found := _shared_files(fetched)):
+        raise ValueError(
+            f"{repo_id} holds nothing to fetch: expected files {', '.join(SHARED)}; pickles are left there"
+        )
     with staged_folder(folder) as staging:
         # The snapshot is one of links into the cache, and may hold more than was asked for this time.
-        for path in _shared_files(fetched):
+        for path in found:
             place = staging / path.relative_to(fetched)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)

@@ -64,7 +64,9 @@ def convert(
     from .identity import Identity
     from .loading import load_base
     from .prompt import PromptTokens
+    from .train_job import refuse_out
 
+    refuse_out(out)
     tokens = PromptTokens.from_pretrained(source, revision=revision)
     if tokens.identity is not None:
         raise ValueError(f"{source} is an adapter of this project already, for {tokens.identity}")

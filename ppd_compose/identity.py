@@ -60,8 +60,9 @@ class Identity:
         """Warn when `base` is not the one that `what` learnt from, though of the same shapes."""
         if base.fingerprint != self.fingerprint:
             warnings.warn(
-                f"{base} is not {self}, which {what} learnt from: it has the same shapes but other weights (a "
-                "quantised copy, a fine-tune). The tokens stay the same, but fewer guesses may be right",
+                f"{base} has the same shapes but other weights than the base that {what} learnt from (embeddings "
+                f"{base.fingerprint}, there {self.fingerprint} of {self.name or 'a base without a name'}): a quantised "
+                "copy, say, or a fine-tune. The tokens stay the same, but fewer guesses may be right",
                 stacklevel=3,
             )
 

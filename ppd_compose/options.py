@@ -43,7 +43,7 @@ MaxLengthOption = Annotated[int, typer.Option(help="Tokens of prompt and reply t
 HeldOutOption = Annotated[int, typer.Option(min=1, help="Prompts kept for the accuracies.")]
 ReplyTokensOption = Annotated[int, typer.Option(min=1, help="Longest reply.")]
 ReplyBatchOption = Annotated[int, typer.Option(min=1, help="Replies generated at once.")]
-SeedOption = Annotated[int, typer.Option(help="Same seed, same file.")]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same weights.")]
 CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
 

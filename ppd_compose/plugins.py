@@ -26,8 +26,8 @@ class Plugins:
     """The drafters and other plugins of one composed model.
 
     Raises:
-        TypeError: an object without a single hook, a misspelt hook, a hook with an argument that it does not get, or an
-            object that cannot be hashed.
+        TypeError: an object without a single hook, a misspelt hook, a hook with an argument that it does not get, a
+            method with the name of a hook that is not marked as one, or an object that cannot be hashed.
     """
 
     def __init__(self, drafters: Sequence[Any], others: Sequence[Any]) -> None:
@@ -110,8 +110,15 @@ class Plugins:
             raise TypeError(str(error)) from None
         except ValueError:
             raise ValueError(f"{name!r} was given twice: each plugin takes part once") from None
-        if not self.hooks_of(plugin):
+        hooks = self.hooks_of(plugin)
+        if not hooks:
             raise TypeError(f"{name!r} implements no hook: mark its methods with ppd_compose.hookimpl")
+        for hook in sorted(vars(self.manager.hook).keys() - hooks):
+            if callable(getattr(plugin, hook, None)):
+                raise TypeError(
+                    f"{name!r} has a method {hook}, which is a hook's name, but nobody would call it: mark it with "
+                    "ppd_compose.hookimpl, or give it another name"
+                )
         return name
 
 

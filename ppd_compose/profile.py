@@ -65,15 +65,25 @@ def show(told: Mapping[str, Any], console: Console) -> None:
     console.print(stages)
 
 
+def refuse_plot(target: Path) -> None:
+    """Raise `RuntimeError` without matplotlib, and `ValueError` where it draws no files that end as `target` does."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        raise RuntimeError("a plot needs matplotlib: pip install matplotlib, or ppd-compose[plot]") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if target.suffix.removeprefix(".") not in known:
+        raise ValueError(f"{target} names no format of a plot by its ending: take one of {', '.join(sorted(known))}")
+
+
 def plot(told: Mapping[str, Any], target: Path) -> None:
     """Draw the latency curves into `target`, in the format that its ending names.
 
-    Raises `RuntimeError` without matplotlib.
+    Raises as `refuse_plot`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise RuntimeError("a plot needs matplotlib: pip install matplotlib, or ppd-compose[plot]") from None
+    refuse_plot(target)
+    from matplotlib.figure import Figure
+
     budget, where = Budget(**told["budget"]), told["environment"]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

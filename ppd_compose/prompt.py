@@ -33,6 +33,7 @@ from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
 
 RANKS = 1000  # of guesses whose accuracy is told, at most
+OTHERS = "train others for it by ppd-compose train ppd"
 FEWEST = 4  # candidates that are assumed to be bought when a prompt token's worth is estimated
 
 
@@ -149,13 +150,15 @@ class PromptTokens(Shared):
         base = Identity.of(model)
         if base.hidden_size != self.embeddings.shape[2]:
             trained = self.identity or f"a base of hidden size {self.embeddings.shape[2]}"
-            raise ValueError(f"these prompt tokens were trained for {trained}; they cannot be used on {base}")
+            raise ValueError(f"these prompt tokens were trained for {trained}; they cannot be used on {base}: {OTHERS}")
         if self.keys_values is not None:
             refuse_prefix(self.keys_values, model)
         if self.identity is None:
             return
         if base.vocab_size != self.identity.vocab_size:
-            raise ValueError(f"these prompt tokens were trained for {self.identity}; they cannot be used on {base}")
+            raise ValueError(
+                f"these prompt tokens were trained for {self.identity}; they cannot be used on {base}: {OTHERS}"
+            )
         self.identity.warn_of_other_weights(base, "these prompt tokens")
 
     @hookimpl

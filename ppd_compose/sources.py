@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HFValidationError,
     HTTPError,
     RepositoryNotFoundError,
     StrictDataclassError,
@@ -55,6 +56,8 @@ def asking_the_hub(repo: str, revision: str | None) -> Iterator[None]:
     `FileNotFoundError` where there is none, or none that it shows."""
     try:
         yield
+    except HFValidationError:
+        raise FileNotFoundError(f"{repo!r} is no folder here, and cannot be a Hub id: that is owner/name") from None
     except (HTTPError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, RepositoryNotFoundError) else OSError
         where = repo if revision is None else f"{repo} at revision {revision}"

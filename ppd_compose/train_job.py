@@ -26,7 +26,7 @@ from .sources import read_object
 from .storage import cache_folder
 from .train import PromptRecipe, first_rows, train_prompt_tokens
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 MARK = "ppd_compose"  # what our configurations hold
 
 
@@ -77,13 +77,22 @@ def checkpoints_in(out: Path, mark: str = MARK) -> Path:
 
 
 def refuse_out(out: Path, mark: str = MARK) -> None:
-    """Raise `ValueError` when `out` is a file, or holds a model whose configuration has no entry `mark`: it would be
-    written over."""
+    """Raise `ValueError` when `out` is a file, or holds a model whose configuration has no entry `mark`, or an adapter
+    of another kind: they would be written over."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give the folder to write")
     if (out / CONFIG).is_file() and "model_type" in (told := read_object(out / CONFIG)) and mark not in told:
         raise ValueError(
             f"{out} holds a model ({told['model_type']}), which would be written over: give another folder"
+        )
+    _refuse_adapters(out)
+
+
+def _refuse_adapters(out: Path) -> None:
+    if (out / ADAPTER).is_file() and (kind := read_object(out / ADAPTER).get("peft_type")) != "PPD":
+        raise ValueError(
+            f"{out} holds an adapter of another kind ({kind or 'no peft_type'}), which would be written over: give "
+            "another folder"
         )
 
 

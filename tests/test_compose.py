@@ -6,6 +6,7 @@ import string
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -367,3 +368,19 @@ def test_positions_that_a_tree_does_not_know_are_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"places the last token at \[18\], behind 11 others"):
         compose(tiny(), prompt_tokens(), budget=8).generate(prompt(), max_new_tokens=5)
+
+
+@pytest.mark.parametrize("given", [8.0, "8", {}, True])
+def test_a_budget_that_is_none_is_refused_at_once(given):
+    with pytest.raises(TypeError, match="budget is the most rows of a forward"):
+        compose(tiny(), prompt_tokens(), budget=given)
+
+
+def test_a_budget_may_be_a_number_of_numpy():
+    model = compose(tiny(), prompt_tokens(), budget=np.int64(8))
+    assert model.budget.max_rows == 8
+
+
+def test_drafters_in_a_list_are_refused():
+    with pytest.raises(TypeError, match=r"one by one, compose\(base, \*drafters\), got a list"):
+        compose(tiny(), [prompt_tokens()])

@@ -214,6 +214,22 @@ def test_a_folder_with_a_drafters_name_is_not_passed_by(tmp_path, monkeypatch):
     assert isinstance(load_drafter("lookup"), PromptLookup)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Path("checkpoints/ppd"), "checkpoints/ppd is no folder"),
+        ("draft-model", "'draft-model' needs files of its own"),
+        ("", "'' is no drafter's name"),
+        ("my drafts/of today", "of today.*no repository"),
+        (r"C:\missing", "no folder and no Hub id"),
+    ],
+)
+def test_what_cannot_be_a_source_is_told_before_anybody_is_asked(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        load_drafter(source)
+
+
 def test_a_source_that_is_nothing_says_what_it_could_be(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'loookup' is no drafter's name \(.*lookup.*\), no folder and no Hub"):
         load_drafter("loookup")

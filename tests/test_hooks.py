@@ -565,8 +565,14 @@ def test_a_misspelt_hook_and_a_wrong_argument_fail_at_compose():
         def propose(self, steps):
             return None
 
+    class Unmarked(Oracle):
+        def observe(self, step):
+            pass
+
     with pytest.raises(TypeError, match="propsoe"):
         compose(tiny(), Misspelt())
+    with pytest.raises(TypeError, match=r"'oracle' has a method observe, which is a hook's name.*mark it"):
+        compose(tiny(), Unmarked([1, 2, 3]))
     with pytest.raises(TypeError, match="steps"):
         compose(tiny(), Wrong())
     with pytest.raises(TypeError, match="implements no hook"):

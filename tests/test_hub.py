@@ -398,3 +398,11 @@ def test_saving_a_composition_over_another_leaves_one_of_them(tmp_path, monkeypa
         ppd, _ = compose_from_pretrained(tmp_path, base).plugins.drafters.values()
         same(ppd, adapter(seed))
     assert sum(path.is_dir() for path in tmp_path.iterdir()) == 1
+
+
+def test_a_repository_with_nothing_that_is_shared_is_told(hub, tmp_path):
+    adapter().push_to_hub("user/adapter")
+    hub.repos["user/adapter"].commit({"adapter_model.bin": b"a pickle"}, "main")
+    with pytest.raises(ValueError, match=r"user/adapter holds nothing to fetch: .*pickles are left there"):
+        pull_folder("user/adapter", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()

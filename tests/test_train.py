@@ -468,3 +468,13 @@ def test_replies_of_a_base_in_training_mode_are_those_without_dropout(tmp_path):
     base.train()
     assert own_replies(base, [[3, 4, 5]], tmp_path / "other", max_new_tokens=30) == expected
     assert base.training
+
+
+@pytest.mark.parametrize("kind", ["LORA", "PROMPT_TUNING", None])
+def test_adapters_of_other_kinds_are_not_written_over(tmp_path, kind):
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": kind} if kind else {"num_virtual_tokens": 3}))
+    with pytest.raises(ValueError, match=rf"holds an adapter of another kind \({kind or 'no peft_type'}\)"):
+        refuse_out(tmp_path)
+    config.write_text(json.dumps({"peft_type": "PPD"}))
+    refuse_out(tmp_path)
