@@ -39,8 +39,7 @@ class Unlearnt(Evidence):
 
     name = "unlearnt"
 
-    def observe(self, step: Any) -> None:
-        """Nothing is learnt."""
+    observe = None  # nothing is learnt
 
 
 class Trusting(BestRows):

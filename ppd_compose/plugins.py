@@ -117,7 +117,7 @@ class Plugins:
             if callable(getattr(plugin, hook, None)):
                 raise TypeError(
                     f"{name!r} has a method {hook}, which is a hook's name, but nobody would call it: mark it with "
-                    "ppd_compose.hookimpl, or give it another name"
+                    f"ppd_compose.hookimpl, give it another name, or leave out what is inherited by {hook} = None"
                 )
         return name
 
