@@ -211,8 +211,8 @@ def best_two(base: PreTrainedModel, answer: Answered) -> Any:
     """The two best logits `[tokens + 1, 2]` after the prompt and after each token of `answer`, the better first, and
     whose they are, by one forward of `base`."""
     rows = answer.tokens + 1
-    last = {"logits_to_keep": rows} if only_last(base) else {}
-    return base(input_ids=torch.tensor([answer.ids], device=base.device), **last).logits[0, -rows:].float().topk(2)
+    ids = torch.tensor([answer.ids], device=base.device)
+    return base(input_ids=ids, **only_last(base, rows)).logits[0, -rows:].float().topk(2)
 
 
 def divergence(mine: Answered, theirs: Answered, best: Callable[[], Any]) -> dict[str, Any] | None:

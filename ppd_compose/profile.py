@@ -72,8 +72,12 @@ def refuse_plot(target: Path) -> None:
     except ModuleNotFoundError:
         raise RuntimeError("a plot needs matplotlib: pip install matplotlib, or ppd-compose[plot]") from None
     known = FigureCanvasBase.get_supported_filetypes()
-    if target.suffix.removeprefix(".") not in known:
+    if _format(target) not in known:
         raise ValueError(f"{target} names no format of a plot by its ending: take one of {', '.join(sorted(known))}")
+
+
+def _format(target: Path) -> str:
+    return target.suffix.removeprefix(".").lower() or "png"
 
 
 def plot(told: Mapping[str, Any], target: Path) -> None:
@@ -95,4 +99,4 @@ def plot(told: Mapping[str, Any], target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with staged_file(target) as staging:
-        figure.savefig(staging, format=target.suffix.removeprefix(".") or "png")
+        figure.savefig(staging, format=_format(target))

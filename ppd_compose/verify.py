@@ -122,9 +122,9 @@ def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
     return {"output_hidden_states": list(layers) if selects else True} if layers else {}
 
 
-def only_last(model: Any) -> dict[str, Any]:
-    """Keyword arguments of a forward that gives the logits of its last row only, where `model` can do that."""
-    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+def only_last(model: Any, rows: int = 1) -> dict[str, Any]:
+    """Keyword arguments of a forward that gives the logits of its last `rows` only, where `model` can do that."""
+    return {"logits_to_keep": rows} if model._supports_logits_to_keep() else {}
 
 
 def states_of(out: Any, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -164,3 +164,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(RuntimeError):
         fails(staged_folder(tmp_path / "folder"), "part")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_a_source_that_can_be_neither_folder_nor_hub_id_is_told():
+    with pytest.raises(FileNotFoundError, match="'my adapter' is no folder here, and cannot be a Hub id"):
+        PromptTokens.from_pretrained("my adapter")

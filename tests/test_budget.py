@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tiny import Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, Step, compose, hookimpl, measured
 from ppd_compose.measured import Watch
+from ppd_compose.storage import cache_folder
 
 
 def steep(cost: float) -> Budget:
@@ -197,3 +199,15 @@ def test_a_base_quantised_or_placed_otherwise_has_a_budget_of_its_own():
     spread.hf_device_map = {"model": 0, "lm_head": "cpu"}
     assert len({measured._path(base) for base in (plain, quantised, spread)}) == 3
     assert measured._path(plain) == measured._path(tiny())
+
+
+def test_without_a_home_a_budget_is_measured_and_lasts_as_long_as_the_model(monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PPD_COMPOSE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr("ppd_compose.budget._time_forward", lambda model, cache, rows: 0.001 * rows)
+    assert measured.measured_budget(tiny(dtype=torch.float32)).max_rows == 64
+    with pytest.raises(OSError, match="set PPD_COMPOSE_HOME"):
+        cache_folder()

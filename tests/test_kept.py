@@ -81,32 +81,30 @@ def test_a_file_of_something_else_is_left_and_the_graph_made_anew(home, another_
         files(home)[-1].rename(graph)  # the fresh one, with which the next begins
 
 
-@needs_compiler
-def test_a_global_that_is_replaced_later_is_seen_at_the_next_call_and_in_the_next_process(
-    home, another_process, monkeypatch
-):
-    base = small()
+def sees(change, another_process, make=small):
+    """Whether compiled forwards of what `make` gives follow a `change`: at the next call, and in the next process."""
+    base = make()
     model = composed(base)
     before = answer(base)
     assert torch.equal(answer(model), before)
-    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: 2 * x)
+    change()
     assert not torch.equal(answer(base), before)
     assert torch.equal(answer(model), answer(base))
     another_process()
-    assert torch.equal(answer(composed(small())), answer(base))
+    assert torch.equal(answer(composed(make())), answer(base))
+
+
+@needs_compiler
+def test_a_global_that_is_replaced_later_is_seen(home, another_process, monkeypatch):
+    sees(lambda: monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: 2 * x), another_process)
 
 
 @needs_compiler
 def test_a_forward_that_is_replaced_in_a_class_is_seen_too(home, another_process, monkeypatch):
-    base = small()
-    model = composed(base)
-    before = answer(base)
-    assert torch.equal(answer(model), before)
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
-    assert not torch.equal(answer(base), before)
-    assert torch.equal(answer(model), answer(base))
-    another_process()
-    assert torch.equal(answer(composed(small())), answer(base))
+    def up_alone(self, x):
+        return self.down_proj(self.up_proj(x))
+
+    sees(lambda: monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", up_alone), another_process)
 
 
 def negated(module, query, key, value, mask, **more):
@@ -118,15 +116,7 @@ def test_attention_that_is_registered_anew_is_seen_too(home, another_process, mo
     def own():  # as many key heads as others: their attention is left alone
         return tiny(dtype=torch.float32, num_hidden_layers=2, num_key_value_heads=4)
 
-    base = own()
-    model = composed(base)
-    before = answer(base)
-    assert torch.equal(answer(model), before)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", negated)
-    assert not torch.equal(answer(base), before)
-    assert torch.equal(answer(model), answer(base))
-    another_process()
-    assert torch.equal(answer(composed(own())), answer(base))
+    sees(lambda: monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", negated), another_process, own)
 
 
 @needs_compiler
