@@ -5,7 +5,7 @@ Knows the rules of the arrays. Does not repair anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 import numpy as np
@@ -15,6 +15,8 @@ from .step import Answer
 from .tree import Appended, TokenTree
 
 ALMOST = 1e-6  # that a claim may be above what it may be
+TREE = {"tokens": "i", "parents": "i", "log_probs": "f", "sources": "i"}  # arrays, by numpy's letters for kinds
+APPENDED = {"kinds": "i", "parents": "i", "nodes": "i", "gains": "f"}
 
 
 class MalformedDraft(ValueError):
@@ -28,17 +30,20 @@ def check_tree(tree: object, who: str, root: int, vocab_size: int) -> TokenTree:
     """Return `tree`, or raise `MalformedDraft` naming `who` returned it and the first fault."""
     if not isinstance(tree, TokenTree):
         raise MalformedDraft(who, f"expected a TokenTree or None, got {type(tree).__name__}")
-    for fault in chain(_array_faults(tree), _tree_faults(tree, root, vocab_size)):
+    for fault in chain(_array_faults(tree, TREE), _size_faults(tree), _tree_faults(tree, root, vocab_size)):
         raise MalformedDraft(who, fault)
     return tree
 
 
-def _array_faults(tree: TokenTree) -> Iterator[str]:
-    for name, kind in (("tokens", "i"), ("parents", "i"), ("log_probs", "f"), ("sources", "i")):
-        array = getattr(tree, name)
-        if not isinstance(array, np.ndarray) or array.dtype.kind != kind or array.ndim != 1:
+def _array_faults(draft: object, kinds: Mapping[str, str]) -> Iterator[str]:
+    for name, kind in kinds.items():
+        array = getattr(draft, name)
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or (array.dtype.kind != kind and array.size):
             yield f"{name} must be a flat array of {'integers' if kind == 'i' else 'floats'}, got {array!r:.60}"
-    sizes = {name: len(getattr(tree, name)) for name in ("tokens", "parents", "log_probs", "sources")}
+
+
+def _size_faults(tree: TokenTree) -> Iterator[str]:
+    sizes = {name: len(getattr(tree, name)) for name in TREE}
     if len(set(sizes.values())) > 1 or not sizes["tokens"]:
         yield f"arrays of different or no length: {sizes}"
 
@@ -66,6 +71,10 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     who = f"drafter {drafter!r}"
     if not isinstance(appended, Appended):
         raise MalformedDraft(who, f"append must return Appended or None, got {type(appended).__name__}")
+    for fault in _array_faults(appended, APPENDED):
+        raise MalformedDraft(who, fault)
+    if not isinstance(appended.embeddings, Tensor) or appended.embeddings.ndim != 2:
+        raise MalformedDraft(who, f"embeddings must be a Tensor [kinds, hidden], got {appended.embeddings!r:.60}")
     rows, size = np.arange(len(appended)), len(tree)
     sizes = {len(appended.kinds), len(appended.parents), len(appended.nodes), len(appended.gains)}
     if len(sizes) > 1:

@@ -66,7 +66,7 @@ def convert(
     from .prompt import PromptTokens
     from .train_job import refuse_out
 
-    refuse_out(out)
+    refuse_out(out, PromptTokens)
     tokens = PromptTokens.from_pretrained(source, revision=revision)
     if tokens.identity is not None:
         raise ValueError(f"{source} is an adapter of this project already, for {tokens.identity}")

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import discard
+from .drafters import CONFIGS
 from .identity import Identity, device_name
 from .prompt import PromptTokens
 from .prompts import Prompt, encode
@@ -26,7 +27,7 @@ from .sources import read_object
 from .storage import cache_folder
 from .train import PromptRecipe, first_rows, train_prompt_tokens
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+ADAPTER, CONFIG = CONFIGS
 MARK = "ppd_compose"  # what our configurations hold
 
 
@@ -52,7 +53,7 @@ def train_ppd(
     Training goes on from `start` where prompt tokens are given.
     Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
-    checkpoints = checkpoints_in(out)
+    checkpoints = checkpoints_in(out, PromptTokens)
     if start is not None:
         start.prepare(base)
     begun = () if start is None else (start.embeddings, start.keys_values)
@@ -69,16 +70,16 @@ def train_ppd(
     return prompt
 
 
-def checkpoints_in(out: Path, mark: str = MARK) -> Path:
+def checkpoints_in(out: Path, kind: Any, mark: str = MARK) -> Path:
     """The folder for the checkpoints of a training that writes to `out`, hidden so that nobody uploads it. Raises as
     `refuse_out`."""
-    refuse_out(out, mark)
+    refuse_out(out, kind, mark)
     return out / ".checkpoints"
 
 
-def refuse_out(out: Path, mark: str = MARK) -> None:
+def refuse_out(out: Path, kind: Any, mark: str = MARK) -> None:
     """Raise `ValueError` when `out` is a file, or holds a model whose configuration has no entry `mark`, or an adapter
-    of another kind: they would be written over."""
+    or drafter that is not of `kind`, the class of what is written: they would be written over, or read in its place."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give the folder to write")
     if (out / CONFIG).is_file() and "model_type" in (told := read_object(out / CONFIG)) and mark not in told:
@@ -86,6 +87,12 @@ def refuse_out(out: Path, mark: str = MARK) -> None:
             f"{out} holds a model ({told['model_type']}), which would be written over: give another folder"
         )
     _refuse_adapters(out)
+    config = next((name for name in CONFIGS if (out / name).is_file()), None)
+    if config is not None and not kind.recognises(read_object(out / config), {path.name for path in out.iterdir()}):
+        raise ValueError(
+            f"{out} holds another kind of drafter, by its {config}, which would be written over or read in place of "
+            "the new one: give another folder"
+        )
 
 
 def _refuse_adapters(out: Path) -> None:

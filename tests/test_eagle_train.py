@@ -271,6 +271,14 @@ def test_from_prompts_to_a_folder(tmp_path, monkeypatch):
     compose(base, tmp_path / "head", budget=16).generate(prompt(), max_new_tokens=4, do_sample=False)
 
 
+def test_a_head_that_training_cannot_go_on_from_is_refused_before_replies_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    start = EagleHead(random_head(1))
+    with pytest.raises(ValueError, match="of 61 draft tokens and variant 1, the recipe wants 40 and 3"):
+        train_eagle(tiny(dtype=torch.float32), Words(), [Prompt(("1 2",))], tmp_path / "head", RECIPE, start=start)
+    assert not (tmp_path / "head").exists()
+
+
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch, capsys):
     given = {}
 

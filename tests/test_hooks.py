@@ -539,6 +539,9 @@ def test_a_merge_that_returns_no_tree_is_named():
         ({"kinds": array(1)}, "kinds must index the 1 embeddings"),
         ({"gains": np.asarray([np.nan])}, "gains must be numbers"),
         ({"gains": np.asarray([1.0, 2.0])}, "different lengths"),
+        ({"kinds": [0]}, r"kinds must be a flat array of integers, got \[0\]"),
+        ({"gains": array(1)}, "gains must be a flat array of floats"),
+        ({"embeddings": torch.zeros(1, 1, 32)}, r"embeddings must be a Tensor \[kinds, hidden\]"),
     ],
 )
 def test_malformed_appended_rows_name_the_drafter_and_the_fault(change, message):
@@ -548,7 +551,7 @@ def test_malformed_appended_rows_name_the_drafter_and_the_fault(change, message)
         @hookimpl
         def append(self):
             fields = {"kinds": array(0), "parents": array(0), "nodes": array(0), "gains": np.ones(1)}
-            return Appended(torch.zeros(1, 32), **{**fields, **change})
+            return Appended(**{"embeddings": torch.zeros(1, 32), **fields, **change})
 
     with pytest.raises(MalformedDraft, match=f"'clumsy'.*{message}"):
         run(None, Hangs())

@@ -13,12 +13,13 @@ from peft import LoraConfig, PeftModel
 from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
 
-from ppd_compose import compose, loop
+from ppd_compose import PromptTokens, compose, load_drafter, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
 from ppd_compose.checkpoints import resume
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.identity import weights_digest
+from ppd_compose.plugins import installed
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import PromptRecipe, first_rows, make_batch, train_prompt_tokens
@@ -394,7 +395,7 @@ def test_a_model_is_not_written_over_and_what_else_is_there_stays(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: give the folder to write"):
-        refuse_out(tmp_path / "file")
+        refuse_out(tmp_path / "file", PromptTokens)
 
 
 def test_checkpoints_are_hidden_and_folders_of_others_stay(tmp_path):
@@ -475,6 +476,18 @@ def test_adapters_of_other_kinds_are_not_written_over(tmp_path, kind):
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"peft_type": kind} if kind else {"num_virtual_tokens": 3}))
     with pytest.raises(ValueError, match=rf"holds an adapter of another kind \({kind or 'no peft_type'}\)"):
-        refuse_out(tmp_path)
+        refuse_out(tmp_path, PromptTokens)
     config.write_text(json.dumps({"peft_type": "PPD"}))
-    refuse_out(tmp_path)
+    refuse_out(tmp_path, PromptTokens)
+
+
+@pytest.mark.parametrize("name", ["ppd", "medusa", "eagle", "ngram"])
+def test_a_drafter_is_not_written_over_by_one_of_another_kind(tmp_path, name):
+    load_drafter(name).save_pretrained(tmp_path)
+    config = "adapter_config.json" if name == "ppd" else "config.json"
+    for other, kind in installed().items():
+        if other == name:
+            refuse_out(tmp_path, kind)
+        elif hasattr(kind, "recognises"):
+            with pytest.raises(ValueError, match=f"another kind of drafter, by its {config}, which would be"):
+                refuse_out(tmp_path, kind)

@@ -23,6 +23,7 @@ from ppd_compose.storage import staged_file
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
+from .drafter import DraftModel
 from .files import draft_folder, load_draft
 from .fitting import compare_vocabularies, refuse_draft
 from .shared import KEYS, REACH, choose_token, shared_token
@@ -75,7 +76,7 @@ def train_pard(
     folder = draft_folder(draft)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the draft model to start from, which stays as it is: give another folder")
-    checkpoints = checkpoints_in(out, KEYS[0])
+    checkpoints = checkpoints_in(out, DraftModel, KEYS[0])
     found = load_draft(folder, dtype=torch.float32)
     model, own = placed(found.model.to(base.device)), found.tokenizer
     refuse_draft(model)

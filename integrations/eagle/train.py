@@ -98,7 +98,8 @@ def train_eagle(
     """
     if start is not None:
         start.prepare(base)
-    begin, checkpoints = time.monotonic(), checkpoints_in(out)
+        checked(start.head, recipe)  # before replies are made
+    begin, checkpoints = time.monotonic(), checkpoints_in(out, EagleHead)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     head = train_head(base, replies, held, recipe, checkpoints, None if start is None else start.head)
     identity = Identity.of(base)

@@ -96,7 +96,7 @@ def train_medusa(
     checkpoints lie in `out` until the heads are written, so a killed call goes on where it stopped.
     Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
-    begin, checkpoints = time.monotonic(), checkpoints_in(out)
+    begin, checkpoints = time.monotonic(), checkpoints_in(out, MedusaHeads)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     heads, told = train_heads(base, replies, held, recipe, checkpoints)
     identity = Identity.of(base)

@@ -65,7 +65,7 @@ def train_beside(
     Both must be of `base`. Replies and checkpoints are kept as `train_medusa` keeps them.
     Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
-    begin, checkpoints = time.monotonic(), checkpoints_in(out)
+    begin, checkpoints = time.monotonic(), checkpoints_in(out, MedusaHeads)
     medusa.prepare(base)
     prompt.prepare(base)
     tokens = medusa.heads.token_map

@@ -64,7 +64,7 @@ def train_ngram(
     The last `held_out` prompts (at most a tenth) are kept for the accuracies. Replies are cached by base and prompt, so
     a killed call goes on where it stopped. Raises `ValueError` for what cannot be counted or written to.
     """
-    refuse_out(out)
+    refuse_out(out, NGramTable)
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     table = counted_table(replies, recipe)
