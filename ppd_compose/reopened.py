@@ -39,6 +39,7 @@ def compose_from_pretrained(
 
     Raises:
         FileNotFoundError: no folder or repository, or one without a composition.
+        OSError: the base cannot be loaded by its name.
         ValueError: it is of another format, damaged, for another base, or names a kind of drafter that is not
             installed.
     """
@@ -48,13 +49,23 @@ def compose_from_pretrained(
     identity, budget = told["base"], told["budget"]
     access = {} if token is None else {"token": token}
     drafters = [_loaded(part, folder, access) for part in told["drafters"]]
-    model: Any = base
-    if base is None:
-        model = AutoModelForCausalLM.from_pretrained(identity.name, dtype="auto", trust_remote_code=False, **access)
-        model.eval()
+    model: Any = _named(identity, source, access) if base is None else base
     if (found := Identity.of(model)).shape != identity.shape:
         raise ValueError(f"{source} was composed for {identity}; it cannot be used on {found}")
+    if base is None:  # else it is the user's choice, and drafters with files tell of it themselves
+        identity.warn_of_other_weights(found, "this composition")
     return compose(model, *drafters, **{"budget": budget, "calibration": told["calibration"], **settings})
+
+
+def _named(identity: Identity, source: str | Path, access: Mapping[str, str]) -> Any:
+    """The base that a composition was saved with, by its name."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            identity.name, dtype="auto", trust_remote_code=False, **access
+        )
+    except OSError as error:
+        raise OSError(f"the base of {source}, {identity}, cannot be loaded by its name: give it. {error}") from error
+    return model.eval()
 
 
 def _loaded(part: Mapping[str, Any], folder: Path, access: Mapping[str, str]) -> Any:

@@ -260,6 +260,20 @@ def test_a_composition_finds_its_base_by_name(hub, tmp_path):
     assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
 
 
+def test_a_base_whose_name_has_come_to_be_anothers_is_told(hub, tmp_path):
+    tiny(dtype=torch.float32).push_to_hub("user/base")
+    base = AutoModelForCausalLM.from_pretrained("user/base")
+    compose(base, "lookup", budget=8).save_composition(tmp_path / "saved")
+    tiny(dtype=torch.float32, seed=1).push_to_hub("user/base")
+    with pytest.warns(UserWarning, match=r"user/base.*other weights than the base that this composition learnt from"):
+        compose_from_pretrained(tmp_path / "saved")
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    compose(base, "lookup", budget=8).save_composition(tmp_path / "local")
+    with pytest.raises(OSError, match=r"the base of .*local, base \(hidden 32.*cannot be loaded by its name: give it"):
+        compose_from_pretrained(tmp_path / "local")
+
+
 def part(name, kind, folder=None, **settings):
     return {"name": name, "kind": kind, "settings": settings, "folder": folder}
 
