@@ -112,14 +112,15 @@ def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str)
     """The way that was asked for, made ready for `model`, composed of `base`; its submodules may be replaced.
 
     Raises `ValueError` when weights cannot be packed here, `compile` is a word that means nothing, or what would be
-    compiled is not what the base calls.
+    packed or compiled is not what the base calls.
     """
     if compile not in (True, False, REGIONS):
         raise ValueError(f'compile is True, False or "{REGIONS}", got {compile!r}')
-    if compile and "forward" in vars(base):
+    if (packed or compile) and "forward" in vars(base):
         raise ValueError(
-            "the forward of this base was replaced on the object itself, as accelerate's hooks and patches do, and "
-            "a compiled one would pass that by: leave compile=False, or load the base without it"
+            "the forward of this base was replaced on the object itself, as accelerate's hooks and patches do; it is "
+            "the base's, and a packed or compiled one would pass it by: leave packed and compile out, or load the base "
+            "without it"
         )
     if (packed or compile) and getattr(base, "is_loaded_in_8bit", False):
         raise ValueError(

@@ -41,7 +41,9 @@ def grouped(model: Any) -> Any:
 
 
 def _beside(module: Any, configs: dict[int, Any]) -> Any:
-    """A copy of `module` when there is attention in it that repeats keys, else None."""
+    """A copy of `module` when there is attention in it that repeats keys, else None; so for a child that is None."""
+    if module is None:
+        return None
     mine = _repeats_keys(module)
     inner = {} if mine else {name: _beside(child, configs) for name, child in module._modules.items()}
     if not mine and not any(inner.values()):

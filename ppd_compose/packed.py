@@ -18,6 +18,7 @@ from .kernels import Multiply, can_multiply, multiplier
 from .paging import give_back, page_out
 
 # Children of one module that read the same rows, in most models.
+LOOK = 16  # numbers of a tensor by which it is seen that it was written
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -27,6 +28,7 @@ class _Pack:
 
     made_from: tuple[weakref.ref[Tensor], ...]
     state: tuple[tuple[int, int], ...]
+    looks: tuple[bytes, ...]
     multiply: Multiply
 
 
@@ -110,6 +112,21 @@ def pack_layers(modules: nn.Module) -> None:
             _bring_together([getattr(module, name, None) for name in names])
 
 
+def look_again(model: nn.Module) -> None:
+    """Forget what was packed of the weights of `model` where a look at a few numbers of each tells that any of them was
+    written since: neither fused optimisers nor PEFT, which merges by way of `.data`, leave another trace."""
+    tensors = {id(tensor): tensor for tensor in model.parameters()}
+    mine = [(key, pack) for key, pack in list(_packs.items()) if not tensors.keys().isdisjoint(key)]
+    if any(
+        _look(tensors[one]) != look
+        for key, pack in mine
+        for one, look in zip(key, pack.looks, strict=True)
+        if one in tensors
+    ):
+        for key, _ in mine:
+            _packs.pop(key, None)
+
+
 def is_packed(model: Any) -> bool:
     """Whether layers of `model` were packed."""
     return any(isinstance(module, PackedLinear) for module in model.modules())
@@ -174,9 +191,17 @@ def _packed(tensors: tuple[Tensor, ...], weights: int) -> _Pack:
     known = _packs.get(key)
     if known is None or known.state != state or any(ref() is None for ref in known.made_from):
         marks = tuple(weakref.ref(tensor, lambda gone: _forget(key, gone)) for tensor in tensors)
-        known = _Pack(marks, state, _laid_out(tensors[:weights], tensors[weights:]))
+        looks = tuple(map(_look, tensors))
+        known = _Pack(marks, state, looks, _laid_out(tensors[:weights], tensors[weights:]))
         _packs[key] = known
     return known
+
+
+def _look(tensor: Tensor) -> bytes:
+    """A few numbers out of the middle of `tensor`, bit for bit: all of one page of memory."""
+    numbers = tensor.detach().reshape(-1)
+    middle = len(numbers) // 2
+    return bytes(numbers[middle : middle + LOOK].view(torch.uint8).tolist())
 
 
 def _laid_out(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Multiply:

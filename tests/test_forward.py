@@ -147,6 +147,74 @@ def test_what_was_packed_before_a_merge_serves_nobody_after_it():
 
 
 @needs_packing
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_weights_that_a_fused_optimiser_wrote_are_packed_anew(optimizer):
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    before, ids = answer(model), prompt()
+    steps = optimizer(base.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        base(ids, labels=ids).loss.backward()
+        steps.step()
+    assert not torch.equal(answer(base), before)
+    assert torch.equal(answer(model), answer(base))
+
+
+@needs_packing
+def test_an_adapter_that_is_put_around_a_packed_composition_is_merged_into_it():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    plain = answer(model)
+    tuned = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules="all-linear", lora_alpha=32))
+    tuned.eval()
+    expected = tuned.generate(input_ids=prompt(), max_new_tokens=24, do_sample=False)
+    assert not torch.equal(expected, plain)
+    tuned.merge_adapter()
+    assert torch.equal(tuned.generate(input_ids=prompt(), max_new_tokens=24, do_sample=False), expected)
+    tuned.unmerge_adapter()
+    assert torch.equal(answer(tuned.merge_and_unload()), expected)
+
+
+def _assign(base):
+    base.load_state_dict({name: tensor.clone() for name, tensor in base.state_dict().items()}, assign=True)
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "change",
+    [
+        _assign,
+        lambda base: base.resize_token_embeddings(90, mean_resizing=False),
+        lambda base: base.set_output_embeddings(nn.Linear(32, 61, bias=False)),
+        lambda base: setattr(base.model.layers[1].mlp, "up_proj", nn.Linear(32, 64, bias=False)),
+        lambda base: base.model.layers[0].mlp.register_forward_hook(lambda module, given, out: -out),
+    ],
+)
+def test_packed_what_is_replaced_on_the_base_after_composing_is_told(change):
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    change(base)
+    with pytest.raises(ValueError, match=r"parameters or hooks of the base are others since.*compose anew"):
+        answer(model)
+    assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, packed=True)), answer(base))
+
+
+@needs_packing
+def test_packed_a_base_that_is_set_to_evaluation_after_composing_has_no_dropout():
+    base = tiny("gpt2", dtype=torch.float32).train()  # has dropout
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    base.eval()
+    assert torch.equal(answer(model), answer(base))
+
+
+def test_a_base_in_which_a_module_is_none_is_decoded():
+    base = tiny(dtype=torch.float32)
+    base.model.layers[0].register_module("extra", None)
+    for way in ({}, {"packed": True} if PACKABLE else {}):
+        assert torch.equal(answer(compose(base, prompt_tokens(), budget=8, **way)), answer(base))
+
+
+@needs_packing
 def test_packed_weights_go_when_the_base_goes():
     gc.collect()
     kept = len(packed._packs)
@@ -504,11 +572,12 @@ def test_a_word_that_means_no_way_to_compile_is_refused():
         compose(tiny(), compile="layers")
 
 
-def test_a_base_whose_forward_was_replaced_is_not_compiled():
+@pytest.mark.parametrize("way", [{"compile": True}, {"packed": True}])
+def test_a_base_whose_forward_was_replaced_is_neither_compiled_nor_packed(way):
     base = tiny(dtype=torch.float32)
     base.forward = MethodType(type(base).forward, base)
     with pytest.raises(ValueError, match="forward of this base was replaced"):
-        compose(base, prompt_tokens(), compile=True)
+        compose(base, prompt_tokens(), **way)
 
 
 @needs_compiler
