@@ -46,6 +46,10 @@ class Composed:
     followed: Followed | Apart
     generation_config: GenerationConfig
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model of the base's own class, as of `type(model).from_pretrained(...)`: only `compose` composes."""
+        return cls.__bases__[1](*args, **kwargs)
+
     @torch.no_grad()
     def generate(
         self,
@@ -115,11 +119,11 @@ class Composed:
         write_text(Path(path), json.dumps(evidence.learnt()) + "\n")
 
     def _get_stopping_criteria(
-        self, generation_config: GenerationConfig, stopping_criteria: _Criteria, tokenizer: Any = None
+        self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList, tokenizer: Any = None
     ) -> StoppingCriteriaList:
         # On its way to a custom loop transformers drops the tokenizer that stop strings need.
         return super()._get_stopping_criteria(  # type: ignore[misc, no-any-return]
-            generation_config, stopping_criteria, stopping_criteria.tokenizer or tokenizer
+            generation_config, stopping_criteria, getattr(stopping_criteria, "tokenizer", None) or tokenizer
         )
 
 
