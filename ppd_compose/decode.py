@@ -57,7 +57,8 @@ class Decoding:
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         self.drafting = Drafting(plugins, stats)
         self.sequence, self.stops = Growing(request.ids), Stops(request.criteria)
-        vocab = model.config.get_text_config().vocab_size
+        # More tokens than the configuration says where embeddings were resized and it was not.
+        vocab = max(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.shape[0])
         # Plugins never see padding: neither its tokens nor its hidden states.
         shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
         ids = request.ids[0][shown].tolist()

@@ -121,8 +121,7 @@ def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) 
         raise ValueError(f"custom_generate replaces the loop that a composed model is: {BASE}")
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError(f"a composed model decodes token ids, not inputs_embeds: {BASE}")
-    if kwargs.get("position_ids") is not None:
-        raise ValueError("position_ids follow from attention_mask here: pass that instead")
+    _refuse_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
     healing = [kwargs.get("token_healing"), *(config.token_healing for config in configs if config is not None)]
     if next((told for told in healing if told is not None), False):
         raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
@@ -132,6 +131,18 @@ def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) 
         raise ValueError(f"continuous batching has its own loop: {BASE}")
     for name in ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus"):
         kwargs.pop(name, None)
+
+
+def _refuse_positions(places: Any, mask: Any) -> None:
+    """Where `places` `[..., tokens]` are others than `mask` `[..., tokens or more]` says, from which a composition
+    counts them."""
+    if places is None:
+        return
+    seen = torch.ones_like(places) if mask is None else mask
+    new = seen[..., -places.shape[-1] :].bool()
+    counted = (seen.cumsum(-1) - 1)[..., -places.shape[-1] :]
+    if new.shape != places.shape or bool(((places != counted) & new).any()):
+        raise ValueError("position_ids follow from attention_mask here, and these are others: pass that alone")
 
 
 def refuse_request(

@@ -153,7 +153,7 @@ REFUSALS = [
     ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
     ({"custom_generate": "someone/something"}, "custom_generate"),
     ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
-    ({"position_ids": torch.arange(12)[None]}, "attention_mask"),
+    ({"position_ids": 1 + torch.arange(12)[None]}, "attention_mask"),
     ({"token_healing": True}, "heal_tokens"),
     ({"top_kk": 3}, "top_kk"),
 ]

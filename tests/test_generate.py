@@ -659,3 +659,40 @@ def test_token_healing_by_the_models_own_config_is_refused_beside_a_config_that_
     with pytest.raises(ValueError, match="heal_tokens"):
         model.generate(prompt(), generation_config=silent)
     assert model.generate(prompt(), generation_config=off).shape[1] == prompt().shape[1] + 3
+
+
+def test_positions_that_say_what_the_mask_says_are_taken():
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=8)
+    ids, mask = prompt(), torch.ones(1, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    for given in ({"position_ids": torch.arange(12)[None]}, {"position_ids": places, "attention_mask": mask}):
+        expected = base.generate(ids, max_new_tokens=9, do_sample=False, **given)
+        assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False, **given), expected)
+
+
+def test_a_base_with_more_tokens_than_its_configuration_says_is_decoded_with():
+    base = tiny()
+    base.resize_token_embeddings(90, mean_resizing=False)
+    with torch.no_grad():
+        base.lm_head.weight[61:] = 1.5 * base.lm_head.weight[:29]
+    base.config.vocab_size = 61
+    expected = base.generate(prompt(), max_new_tokens=20, do_sample=False)
+    assert expected.max() >= 61
+    model = compose(base, prompt_tokens(), "recycling", Oracle(expected[0].tolist()), budget=16)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=20, do_sample=False), expected)
+
+
+def test_a_class_of_compositions_makes_models_of_the_bases_own(tmp_path):
+    base = tiny()
+    model = compose(base, prompt_tokens(), budget=8)
+    base.save_pretrained(tmp_path)
+    for made in (type(model).from_pretrained(tmp_path, dtype=torch.float64), type(model)(base.config)):
+        assert type(made) is type(base)
+        made.generate(prompt(), max_new_tokens=3)
+    expected = base.generate(prompt(), max_new_tokens=9, do_sample=False)
+    beams = base.generate(prompt(), max_new_tokens=9, do_sample=False, num_beams=2)
+    kind = type(base)
+    assert torch.equal(kind.generate(model, prompt(), max_new_tokens=9, do_sample=False), expected)
+    assert torch.equal(kind.generate(model, prompt(), max_new_tokens=9, do_sample=False, num_beams=2), beams)
