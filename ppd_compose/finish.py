@@ -5,12 +5,18 @@ Knows the names that configurations give it. Does not know draft heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .modes import evaluating
+from .packed import product
+
+FAR = 0.05  # of the largest logit: more than half precision rounds them by
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,56 @@ class Finish:
 
 
 PLAIN = Finish()  # the logits as they are
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A base's output head, as far as heads use it, and what comes behind it; it is not trained."""
+
+    weight: Tensor  # [entries, hidden]
+    bias: Tensor | None = None  # [entries]
+    finish: Finish = PLAIN
+    packed: bool = False  # by a packed copy of the weight
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokens: Tensor | None = None) -> OutputHead:
+        """The rows `tokens` int64 `[entries]` of that of `model`, or all of it, which is not copied then.
+
+        Raises `ValueError` when it has none, or one that is no matrix of floats.
+        """
+        return cls(*output_rows(model, tokens), Finish.of(model))
+
+    def matrix(self) -> Tensor:
+        """What makes the same logits as a matrix alone `[entries, hidden]`. Raises `ValueError` where none does."""
+        if self.bias is not None or self.finish.cap is not None:
+            more = "adds a bias to its logits" if self.finish.cap is None else "caps its logits"
+            raise ValueError(f"the base {more}, which cannot be stored with an output head: save without base")
+        return self.weight if self.finish.scale == 1 else self.weight * self.finish.scale
+
+    def to(self, like: Tensor) -> OutputHead:
+        """The same in the dtype and on the device of `like`."""
+        bias = None if self.bias is None else self.bias.to(like)
+        return replace(self, weight=self.weight.to(like), bias=bias)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., entries]` float32 of `hidden` `[..., hidden]`."""
+        multiplied = product if self.packed else nn.functional.linear
+        return self.finish(multiplied(hidden, self.weight, self.bias).float())
+
+
+@torch.no_grad()
+def refuse_other_logits(model: PreTrainedModel) -> None:
+    """Raise `ValueError` unless the logits of `model` are those that `OutputHead.of(model)` makes of its last hidden
+    states, by a forward of two tokens: heads that use it would say something else."""
+    with evaluating(model) if model.training else nullcontext():
+        ids = torch.tensor([[0, 1]], device=model.device)
+        out: Any = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    mine, theirs = OutputHead.of(model)(out.hidden_states[-1]), out.logits.float()
+    if bool(((mine - theirs).abs().max() > FAR * theirs.abs().max()).any()):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not those that its output head makes of its last hidden states, "
+            "so draft heads that use it would guess wrongly: take heads with output heads of their own, or others"
+        )
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.eagle import EagleHead
-from ppd_compose.integrations.eagle.borrowed import OutputHead, Parts, borrow
+from ppd_compose.integrations.eagle.borrowed import Parts, borrow
 from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
@@ -22,6 +22,7 @@ from tiny import VOCAB, Oracle, continuing, prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, Step, TokenTree, compose, hookimpl
 from ppd_compose.alternatives import AlwaysAsk
+from ppd_compose.finish import OutputHead
 from ppd_compose.identity import Identity
 from ppd_compose.lineage import ancestors, row_depths
 from ppd_compose.testing import check_drafter

@@ -14,7 +14,7 @@ from ppd_compose.integrations.medusa import train as train_module
 from ppd_compose.integrations.medusa.choices import Choices
 from ppd_compose.integrations.medusa.claims import calibrated, checked, fitted
 from ppd_compose.integrations.medusa.command import command
-from ppd_compose.integrations.medusa.heads import Output, entry_logits, output_rows, residual
+from ppd_compose.integrations.medusa.heads import entry_logits, placed, residual
 from ppd_compose.integrations.medusa.layouts import read_tensors, write_tensors
 from ppd_compose.integrations.medusa.loss import OUTSIDE, Blocks
 from ppd_compose.integrations.medusa.train import Batches, MedusaRecipe, frequent_tokens, train_heads, train_medusa
@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_compose import tokenizer
 from test_train import replies
 from tiny import VOCAB, prompt, prompt_tokens, tiny
+from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 from typer.testing import CliRunner
 
 from ppd_compose import compose, hookimpl, load_drafter, sources
+from ppd_compose.finish import OutputHead, output_rows
 from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
@@ -144,6 +146,43 @@ def test_an_output_head_with_a_bias_is_used_with_it():
     base.set_output_embeddings(head)
     assert torch.equal(output_rows(base, FEW)[1], head.bias[FEW])
     assert torch.equal(output_rows(base, None)[1], head.bias)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_heads_that_are_saved_with_the_bases_output_head_say_the_same(family, tmp_path):
+    base = tiny(family, dtype=torch.float32)
+    drafter = MedusaHeads(random_heads(), identity=Identity.of(base))
+    drafter.save_pretrained(tmp_path, base=base, layout="vllm")
+    again = MedusaHeads.from_pretrained(tmp_path)
+    hidden, told = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), []
+    for each in (drafter, again):
+        ready = placed(each.heads.to(base.lm_head.weight), None, base)
+        told.append(ready.logits(hidden))
+    torch.testing.assert_close(*told)
+
+
+def test_heads_are_not_saved_with_an_output_head_that_no_layout_stores_whole(tmp_path):
+    capped, biased = tiny("gemma2", attention="eager"), tiny()
+    biased.set_output_embeddings(torch.nn.Linear(32, VOCAB, bias=True, dtype=torch.float64))
+    for base, message in ((capped, "caps its logits"), (biased, "adds a bias to its logits")):
+        with pytest.raises(ValueError, match=f"the base {message}, which cannot be stored"):
+            MedusaHeads(random_heads()).save_pretrained(tmp_path / "heads", base=base)
+    assert not (tmp_path / "heads").exists()
+
+
+def test_heads_that_would_use_an_output_head_which_is_not_all_are_refused():
+    config = ModernBertDecoderConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = ModernBertDecoderForCausalLM(config).eval()
+    own = MedusaHeads(random_heads(outputs=1))
+    expected = base.generate(prompt(), max_new_tokens=8, do_sample=False)
+    model = compose(base, own, budget=8)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
+    with pytest.raises(ValueError, match="logits of ModernBertDecoderForCausalLM are not those that its output head"):
+        compose(base, MedusaHeads(random_heads()), budget=8)
 
 
 # Layouts
@@ -557,7 +596,7 @@ def test_the_loss_is_that_of_each_point_alone(kl):
     tokens = torch.arange(0, VOCAB, 2)
     made = replies(base, 3)
     recipe = replace(RECIPE, kl=kl, vocabulary=None)
-    batches, output = Batches(base, recipe, tokens), Output(*output_rows(base, tokens))
+    batches, output = Batches(base, recipe, tokens), OutputHead.of(base, tokens)
     blocks = Blocks(2, 2, 32)
     for parameter in blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
@@ -594,7 +633,7 @@ def test_the_loss_is_that_of_each_point_alone(kl):
 def test_heads_begin_as_the_bases_own_next_token():
     base = tiny(dtype=torch.float32)
     batch = Batches(base, replace(RECIPE, vocabulary=None), None)(replies(base, 2), 0)
-    logits = Blocks(3, 1, 32).logits(batch, Output(*output_rows(base, None)))
+    logits = Blocks(3, 1, 32).logits(batch, OutputHead.of(base))
     own = base.get_output_embeddings()(batch.states[batch.points])
     for head in logits:
         torch.testing.assert_close(head, own)
@@ -613,7 +652,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
     assert np.shape(told.accuracy) == (2, 10)
     assert np.shape(told.calibration) == (2, 2)
     batch = Batches(base.eval(), recipe, heads.token_map)(replies(base)[:-1], 0)
-    output, blocks = Output(*output_rows(base, heads.token_map)), Blocks(2, 2, 32)
+    output, blocks = OutputHead.of(base, heads.token_map), Blocks(2, 2, 32)
     start = blocks(batch, output, 0.8, 0.5).loss.item()
     blocks.load_state_dict({"weight": heads.weight, "bias": heads.bias})
     assert blocks(batch, output, 0.8, 0.5).loss.item() < 0.8 * start

@@ -9,7 +9,6 @@ import typer
 from ppd_compose.integrations.medusa import MedusaHeads, files, train_beside
 from ppd_compose.integrations.medusa.beside import FACTS, TENSORS, PromptHeads
 from ppd_compose.integrations.medusa.command_beside import command
-from ppd_compose.integrations.medusa.heads import Output
 from ppd_compose.integrations.medusa.train_beside import BesideRecipe, PromptBatches, PromptBlocks, train_prompt_heads
 from safetensors.torch import save_file
 from test_compose import tokenizer
@@ -20,7 +19,7 @@ from torch.nn.functional import rms_norm, silu
 from typer.testing import CliRunner
 
 from ppd_compose import PromptTokens, compose, hookimpl, load_drafter
-from ppd_compose.finish import output_rows
+from ppd_compose.finish import OutputHead
 from ppd_compose.identity import Identity
 from ppd_compose.packed import can_pack
 from ppd_compose.replies import Reply
@@ -195,7 +194,7 @@ def trained(base, folder, recipe=RECIPE, tokens=None):
 def test_heads_begin_as_what_the_prompt_tokens_say(v):
     base, tokens = tiny(dtype=torch.float32), prompt_tokens(3, v)
     batch = PromptBatches(base, RECIPE, None, tokens)(replies(base, 3), 0)
-    logits = PromptBlocks(RECIPE, 32).logits(batch, Output(*output_rows(base, None)))
+    logits = PromptBlocks(RECIPE, 32).logits(batch, OutputHead.of(base))
     torch.testing.assert_close(logits, base.lm_head(batch.prompts))
     reply = replies(base, 3)[0]
     ids = torch.tensor([reply.ids])
@@ -233,7 +232,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert (len(told.accuracy), heads.prompt_tokens) == (3, prompt_tokens().digest)
     batch = PromptBatches(base.eval(), recipe, None, prompt_tokens())(replies(base)[:-1], 0)
-    output, blocks = Output(*output_rows(base, None)), PromptBlocks(recipe, 32)
+    output, blocks = OutputHead.of(base), PromptBlocks(recipe, 32)
     start = blocks(batch, output, 0.8, 0.5).loss.item()
     blocks.load_state_dict({"down": heads.down, "up": heads.up})
     assert blocks(batch, output, 0.8, 0.5).loss.item() < 0.8 * start

@@ -13,40 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppd_compose.finish import PLAIN, Finish, output_rows
-from ppd_compose.packed import is_packed, pack_layers, product
+from ppd_compose.finish import OutputHead
+from ppd_compose.packed import is_packed, pack_layers
 
 from .head import Head
 from .levels import LevelPrice
 from .network import DraftNetwork
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """Logits of the tokens that can be drafted, calibrated as the base's own."""
-
-    weight: Tensor  # [draft vocab, hidden]
-    bias: Tensor | None = None  # [draft vocab]
-    finish: Finish = PLAIN
-    packed: bool = False  # by a packed copy of the weight
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, ids: Tensor | None = None) -> OutputHead:
-        """The rows `ids` int64 of the base's output head, or all of it, which is not copied then.
-
-        Raises `ValueError` when it has none, or one that is no matrix of floats.
-        """
-        return cls(*output_rows(model, ids), Finish.of(model))
-
-    def to(self, like: Tensor) -> OutputHead:
-        """The same in the dtype and on the device of `like`."""
-        bias = None if self.bias is None else self.bias.to(like)
-        return replace(self, weight=self.weight.to(like), bias=bias)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits `[rows, draft vocab]` float32 of `hidden` `[rows, hidden]`."""
-        multiplied = product if self.packed else nn.functional.linear
-        return self.finish(multiplied(hidden, self.weight, self.bias).float())
 
 
 @dataclass(frozen=True)

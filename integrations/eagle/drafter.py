@@ -15,13 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.finish import refuse_other_logits
 from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
 from ppd_compose.packed import state_of_layer
 from ppd_compose.replayed import Lending, Lendings
 
-from .borrowed import OutputHead, borrow
+from .borrowed import borrow
 from .card import head_card
 from .files import is_head, read_head
 from .grow import Frontier, dynamic_tree, foreign_paths, leaves_of
@@ -112,7 +113,7 @@ class EagleHead(Shared):
                 f"whose inputs are 0 to {depth - 1}: it was trained for a deeper base"
             )
         if self.head.lm_head is None:
-            OutputHead.of(model)
+            refuse_other_logits(model)
         if self.head.identity is not None:
             self.head.identity.warn_of_other_weights(base, "this EAGLE head")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
+from ppd_compose.finish import OutputHead, refuse_other_logits
 from ppd_compose.identity import Identity
 from ppd_compose.loop import Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
 from ppd_compose.prompts import Prompt
@@ -25,7 +26,7 @@ from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
-from .borrowed import OutputHead, borrow
+from .borrowed import borrow
 from .card import head_card
 from .drafter import EagleHead
 from .head import Head, write_head
@@ -100,6 +101,7 @@ def train_eagle(
         start.prepare(base)
         checked(start.head, recipe)  # before replies are made
     begin, checkpoints = time.monotonic(), checkpoints_in(out, EagleHead)
+    refuse_other_logits(base)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     head = train_head(base, replies, held, recipe, checkpoints, None if start is None else start.head)
     identity = Identity.of(base)

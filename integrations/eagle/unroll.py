@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ppd_compose.finish import OutputHead
 from ppd_compose.loop import Taught
 
-from .borrowed import OutputHead
 from .network import Drafted, DraftNetwork, Rows
 
 

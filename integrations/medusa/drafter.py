@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
-from ppd_compose.finish import output_head, output_rows
+from ppd_compose.finish import OutputHead, output_head, refuse_other_logits
 from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
 from ppd_compose.identity import Identity
@@ -139,13 +139,13 @@ class MedusaHeads(Shared):
             card: text of a README.md beside.
 
         Raises:
-            ValueError: an unknown layout, or vLLM's without output heads or a vocabulary.
+            ValueError: an unknown layout, vLLM's without output heads or a vocabulary, or a base that biases or caps.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is unknown: take one of {', '.join(LAYOUTS)}")
         heads = self.heads
         if base is not None and not heads.outputs:
-            rows, _ = output_rows(base, heads.token_map)
+            rows = OutputHead.of(base, heads.token_map).matrix()
             heads = replace(heads, outputs=(rows,), vocab_size=Identity.of(base).vocab_size)
         if layout == "vllm" and (not heads.outputs or heads.vocabulary is None):
             raise ValueError("vLLM's layout stores output heads and the vocabulary's size: give base=, the base model")
@@ -184,6 +184,8 @@ class MedusaHeads(Shared):
         entries = heads.entries or base.vocab_size
         if self.choices is not None and self.choices.width > entries:
             raise ValueError(f"choices name rank {self.choices.width - 1}, the heads choose from {entries} tokens")
+        if not heads.outputs or self.prompt_heads is not None:
+            refuse_other_logits(model)
         if self.identity is not None:
             self.identity.warn_of_other_weights(base, "these Medusa heads")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
-from ppd_compose.finish import PLAIN, Finish, output_rows
+from ppd_compose.finish import OutputHead
 from ppd_compose.packed import is_packed, product
 
 from .beside import PromptHeads
@@ -89,26 +89,11 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Output:
-    """The base's output head, as far as heads use it; it is not trained."""
-
-    weight: Tensor  # [entries, hidden]
-    bias: Tensor | None  # [entries]
-    finish: Finish = PLAIN
-    packed: bool = False  # it is multiplied with by a packed copy
-
-    def said(self, states: Tensor) -> Tensor:
-        """What `states` `[heads, points, hidden]` mean by it `[heads, points, entries]` float32."""
-        multiplied = product if self.packed else linear
-        return self.finish(multiplied(states, self.weight, self.bias).float())
-
-
-@dataclass(frozen=True)
 class Placed:
     """Heads ready to run beside one base: in its dtype, on its device, every output head at hand."""
 
     heads: Heads
-    output: Output | None  # the base's, where the heads have none of their own or prompt heads are there
+    output: OutputHead | None  # the base's, where the heads have none of their own or prompt heads are there
     embed: Callable[[Tensor], Tensor]  # the base's, of token ids
     beside: PromptHeads | None = None
     packed: bool = False  # output heads are multiplied with by packed copies
@@ -119,7 +104,7 @@ class Placed:
         states = residual(hidden.to(heads.weight), heads.weight, heads.bias)
         if not heads.outputs:
             assert self.output is not None
-            return self.output.said(states)
+            return self.output(states)
         return entry_logits(states, heads.outputs, multiplied).float()
 
     def reread(self, states: Tensor, last: Tensor, root: Tensor) -> Tensor:
@@ -128,7 +113,7 @@ class Placed:
         assert self.beside is not None
         assert self.output is not None
         like = self.beside.up
-        return self.output.said(self.beside(states.to(like), last.to(like), self.embed(root).to(like)))
+        return self.output(self.beside(states.to(like), last.to(like), self.embed(root).to(like)))
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -149,7 +134,7 @@ def placed(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> 
     packed, embed = is_packed(model), cast(Callable[[Tensor], Tensor], model.get_input_embeddings())
     if heads.outputs and beside is None:
         return Placed(heads, None, embed, None, packed)
-    output = Output(*output_rows(model, heads.token_map), Finish.of(model), packed)
+    output = replace(OutputHead.of(model, heads.token_map), packed=packed)
     return Placed(heads, output, embed, beside, packed)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from ppd_compose.finish import OutputHead
 from ppd_compose.loop import Taught
 
-from .heads import Output, residual
+from .heads import residual
 
 OUTSIDE = -100  # in place of a token that the heads cannot choose
 
@@ -38,7 +39,7 @@ class Blocks(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, layers, hidden, hidden))
         self.bias = nn.Parameter(torch.zeros(heads, layers, hidden))
 
-    def forward(self, batch: Batch, output: Output, decay: float, kl: float) -> Taught:
+    def forward(self, batch: Batch, output: OutputHead, decay: float, kl: float) -> Taught:
         """The loss: over heads k from 0 the sum of decay**k ((1 - kl) cross entropy + kl divergence).
 
         The cross entropy is that of the reply's own token, over the points where the heads can choose it; the
@@ -55,16 +56,16 @@ class Blocks(nn.Module):
         top1 = (log_probs.argmax(-1) == batch.truth).float().mean(1)
         return Taught((weights * losses).sum(), top1.detach())
 
-    def logits(self, batch: Batch, output: Output) -> Tensor:
+    def logits(self, batch: Batch, output: OutputHead) -> Tensor:
         """What the heads say `[heads, points, entries]` float32 after the points."""
         hidden, dtype = batch.states[batch.points], batch.states.dtype
         states = residual(hidden, self.weight.to(dtype), self.bias.to(dtype))
-        return output.said(states)
+        return output(states)
 
 
 @torch.no_grad()
-def _base_log_probs(batch: Batch, output: Output, heads: int) -> Tensor:
+def _base_log_probs(batch: Batch, output: OutputHead, heads: int) -> Tensor:
     """The base's own distributions `[heads, points, entries]` float32 at what the heads guess."""
     ahead = batch.points + torch.arange(1, heads + 1, device=batch.points.device)[:, None]
     rows, at = ahead.unique(return_inverse=True)  # neighbouring points ask for the same ones
-    return output.said(batch.states[rows][None])[0].log_softmax(-1)[at]
+    return output(batch.states[rows][None])[0].log_softmax(-1)[at]

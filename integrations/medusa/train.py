@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
-from ppd_compose.finish import Finish, output_rows
+from ppd_compose.finish import OutputHead, refuse_other_logits
 from ppd_compose.identity import Identity
 from ppd_compose.loop import (
     Recipe,
@@ -39,7 +39,7 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .card import model_card
 from .claims import fitted
 from .drafter import WIDTH, MedusaHeads
-from .heads import Heads, Output
+from .heads import Heads
 from .loss import OUTSIDE, Batch, Blocks
 
 
@@ -97,6 +97,7 @@ def train_medusa(
     Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
     begin, checkpoints = time.monotonic(), checkpoints_in(out, MedusaHeads)
+    refuse_other_logits(base)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     heads, told = train_heads(base, replies, held, recipe, checkpoints)
     identity = Identity.of(base)
@@ -127,7 +128,7 @@ def train_heads(
     mine = usable(replies, recipe, recipe.heads)
     tokens = None if recipe.vocabulary is None else frequent_tokens(mine, recipe.vocabulary)
     with frozen(base):
-        output = Output(*output_rows(base, tokens), Finish.of(base))
+        output = OutputHead.of(base, tokens)
         batches = Batches(base, recipe, tokens)
 
         def step(blocks: Blocks, number: int) -> Taught:
@@ -196,7 +197,7 @@ class Batches:
 
 
 @torch.no_grad()
-def evaluate(blocks: Blocks, output: Output, batches: Batches, replies: Sequence[Reply]) -> Told:
+def evaluate(blocks: Blocks, output: OutputHead, batches: Batches, replies: Sequence[Reply]) -> Told:
     """How often and how surely the heads are right on `replies`; a token outside the vocabulary is a miss."""
     claims, hits = [], []
     for number, reply in enumerate(r for r in replies if points_of(r, batches.recipe, batches.recipe.heads)):

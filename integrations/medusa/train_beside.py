@@ -20,7 +20,7 @@ from ppd_compose import PromptTokens
 from ppd_compose.checkpoints import discard
 from ppd_compose.distill import Batch as Inserted
 from ppd_compose.distill import last_states
-from ppd_compose.finish import Finish, output_rows
+from ppd_compose.finish import OutputHead
 from ppd_compose.loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
@@ -30,7 +30,6 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .beside import PromptHeads, reread
 from .card import model_card
 from .drafter import MedusaHeads
-from .heads import Output
 from .loss import Batch, Blocks
 from .train import Batches, Drawn, HeadsRecipe, Told, evaluate
 
@@ -102,7 +101,7 @@ def train_prompt_heads(
     recipe = within_window(recipe, base, recipe.heads)
     mine = usable(replies, recipe, recipe.heads)
     with frozen(base):
-        output = Output(*output_rows(base, tokens), Finish.of(base))
+        output = OutputHead.of(base, tokens)
         batches = PromptBatches(base, recipe, tokens, prompt)
 
         def step(blocks: PromptBlocks, number: int) -> Taught:
@@ -164,9 +163,9 @@ class PromptBlocks(Blocks):
         self.down = nn.Parameter(down / math.sqrt(3 * hidden))
         self.up = nn.Parameter(torch.zeros(recipe.heads, recipe.width, hidden))
 
-    def logits(self, batch: Batch, output: Output) -> Tensor:
+    def logits(self, batch: Batch, output: OutputHead) -> Tensor:
         """What the heads say `[distances, points, entries]` float32."""
         assert isinstance(batch, PromptBatch)
         last, dtype = batch.states[batch.points], batch.states.dtype
         states = reread(self.down.to(dtype), self.up.to(dtype), batch.prompts, last, batch.roots)
-        return output.said(states)
+        return output(states)
