@@ -5,15 +5,16 @@ Knows the rules of the arrays. Does not repair anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
 from torch import Tensor
 
-from .step import Answer
+from .step import Answer, Step
 from .tree import Appended, TokenTree
 
+HUGE = 1e4  # far beyond what training makes, and within what half precision can tell
 ALMOST = 1e-6  # that a claim may be above what it may be
 TREE = {"tokens": "i", "parents": "i", "log_probs": "f", "sources": "i"}  # arrays, by numpy's letters for kinds
 APPENDED = {"kinds": "i", "parents": "i", "nodes": "i", "gains": "f"}
@@ -90,6 +91,41 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     if not appended.gains.min() >= 0:
         raise MalformedDraft(who, "gains must be numbers of at least 0")
     return appended
+
+
+def check_embeddings(embeddings: Tensor, drafter: str, width: int) -> None:
+    """Raise `MalformedDraft` naming `drafter` when its `embeddings` `[kinds, hidden]` are of another width, or hold
+    numbers with which a forward may make NaN, of which rows that see nothing of them get some too."""
+    who = f"drafter {drafter!r}"
+    if embeddings.shape[1] != width:
+        raise MalformedDraft(who, f"embeddings must be {width} wide, as the model's are, got {embeddings.shape[1]}")
+    if not bool((embeddings.detach().float().abs() <= HUGE).all()):
+        raise MalformedDraft(who, f"embeddings hold NaN or values beyond {HUGE:g}")
+
+
+def check_fitted(fitted: object, step: Step, drafters: Sequence[str]) -> tuple[TokenTree, Sequence[Appended]]:
+    """Return what `fit` made of a tree and the rows that `drafters` appended, or raise `MalformedDraft` saying what is
+    wrong with it."""
+    if not isinstance(fitted, tuple) or len(fitted) != 2:
+        raise MalformedDraft("fit", f"expected a tree and the appended rows, got {type(fitted).__name__}")
+    tree, blocks = check_tree(fitted[0], "fit", step.ids[-1], step.vocab_size), fitted[1]
+    if not isinstance(blocks, list | tuple) or len(blocks) != len(drafters):
+        raise MalformedDraft("fit", f"the rows of {len(drafters)} drafters must come back, in the order given")
+    return tree, [check_appended(rows, name, tree) for name, rows in zip(drafters, blocks, strict=True)]
+
+
+def check_path(pairs: Iterable[tuple[int, int]], tree: TokenTree, vocab_size: int) -> Iterator[tuple[int, int]]:
+    """What `accept` returned, pair by pair, or raise `MalformedDraft` where it is no path of `tree`."""
+    node: int | None = 0
+    for told, token in pairs:
+        if told != node:
+            raise MalformedDraft("accept", f"node {told} does not follow: the root, then children that hold the token")
+        if not 0 <= token < vocab_size:
+            raise MalformedDraft("accept", f"token {token} is outside the vocabulary of {vocab_size}")
+        yield told, token
+        node = tree.child(told, token)
+    if node == 0:
+        raise MalformedDraft("accept", "at least the root and the token after it must come back")
 
 
 def check_answer(answer: object, drafter: str) -> Answer:

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from .accept import Picker
 from .budget import Budget
 from .cache import commit, recording, undone, with_cache
+from .check import check_path
 from .drafting import Drafting
 from .forward import forward_of
 from .lineage import ancestors
@@ -55,16 +56,18 @@ class Decoding:
         self.model, self.plugins, self.stats, self.request = model, plugins, stats, request
         self.hook = plugins.hook
         self.kwargs, self.layers = plugins.forward_kwargs(model), plugins.hidden_layers(model)
-        self.drafting = Drafting(plugins, stats)
+        embeddings: Tensor = model.get_input_embeddings().weight
+        self.drafting = Drafting(plugins, stats, embeddings.shape[1])
         self.sequence, self.stops = Growing(request.ids), Stops(request.criteria)
         # More tokens than the configuration says where embeddings were resized and it was not.
-        vocab = max(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.shape[0])
+        vocab = max(model.config.get_text_config().vocab_size, embeddings.shape[0])
         # Plugins never see padding: neither its tokens nor its hidden states.
         shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
         ids = request.ids[0][shown].tolist()
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
         self.context = Context.of(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self.done = False
+        self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
         # What is done while a device computes takes no time of its own.
         self.beside = "meanwhile" if model.device.type == "cpu" else "verify"
 
@@ -171,7 +174,8 @@ class Decoding:
         prefix = partial(self._prefix, tree, start)
         pick = self.request.picker.over(verified.logits, prefix, verified.picks)
         path = []
-        for node, token in self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick):
+        told = self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick)
+        for node, token in check_path(told, tree, self.step.vocab_size) if self.checks_path else told:
             path.append(node)
             self.step.ids.append(token)
             self.sequence.append(token)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .check import check_answer, check_appended, check_tree
+from .check import check_answer, check_appended, check_embeddings, check_fitted, check_tree
+from .packed import state_of
 from .plugins import Plugins
 from .stats import Stats
 from .step import Step
@@ -22,10 +23,14 @@ from .tree import Appended, TokenTree, shallow
 
 
 class Drafting:
-    """Calls the drafting hooks of `plugins` in order, checks what they return, and books their seconds."""
+    """Calls the drafting hooks of `plugins` in order, checks what they return, and books their seconds.
 
-    def __init__(self, plugins: Plugins, stats: Stats) -> None:
-        self.plugins, self.stats, self.hook = plugins, stats, plugins.hook
+    Args:
+        width: of the model's embeddings.
+    """
+
+    def __init__(self, plugins: Plugins, stats: Stats, width: int) -> None:
+        self.plugins, self.stats, self.hook, self.width = plugins, stats, plugins.hook, width
         self.proposers = plugins.each_drafter("propose")
         self.extenders = plugins.each_drafter("extend")
         self.appenders = plugins.each_drafter("append")
@@ -33,7 +38,10 @@ class Drafting:
         self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
         self.refinable = plugins.drafters if self.hook.refine.get_hookimpls() else {}
         # The default is given checked trees and makes one of them; of what others make nobody knows.
-        self.checks_merged = len(self.hook.merge.get_hookimpls()) > 1
+        self.checks_merged, self.checks_fitted = (
+            len(hook.get_hookimpls()) > 1 for hook in (self.hook.merge, self.hook.fit)
+        )
+        self.checked: dict[str, tuple[Tensor, tuple[int, int]]] = {}  # the embeddings that drafters appended last
 
     def draft(self, step: Step) -> TokenTree:
         """What all drafters propose, merged into one tree, and extended."""
@@ -57,13 +65,16 @@ class Drafting:
             with self.stats.stage(f"append {name}"):
                 for rows in append(step=step, tree=tree):
                     appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
+                    self._look_at(rows.embeddings, name)
         with self.stats.stage("fit"):
             # A row deeper than the room left can never be used, and may lie beyond the model's last position. Behind
             # that position the root goes on alone, as in plain decoding.
             blocks: Sequence[Appended] = list(appended.values())
             if step.room <= step.budget.max_rows:
                 tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
-            tree, cut = self.hook.fit(step=step, tree=tree, appended=blocks)
+            fitted = self.hook.fit(step=step, tree=tree, appended=blocks)
+            names = [name for name, drafter, _ in self.appenders if drafter in appended]
+            tree, cut = check_fitted(fitted, step, names) if self.checks_fitted else fitted
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
 
     def observe(self, step: Step, logits: Tensor) -> None:
@@ -85,6 +96,14 @@ class Drafting:
                     refined = self.hook.refine(step=step, drafter=drafter, answer=answer)
                     step.answers[drafter] = answer if refined is None else check_answer(refined, name)
                 step.drafting[name] += time.perf_counter() - begin
+
+    def _look_at(self, embeddings: Tensor, name: str) -> None:
+        """Check embeddings that were not there at the step before, or have been written since."""
+        state = state_of(embeddings)
+        known, was = self.checked.get(name, (None, None))
+        if known is not embeddings or was != state:
+            check_embeddings(embeddings, name, self.width)
+            self.checked[name] = embeddings, state
 
     def _takes_part(self, step: Step, name: str) -> bool:
         """Whether rows that it appended were verified below the last accepted node, or it is that drafter's turn."""

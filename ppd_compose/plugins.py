@@ -19,6 +19,7 @@ from .prefix import check_prefix
 
 DRAFTERS = hookspecs.PROJECT  # entry point group: name -> drafter class
 TRAINING = f"{hookspecs.PROJECT}.train"  # entry point group: name -> function with typer's options
+DRAFTS = ("propose", "extend", "append", "prefix")  # hooks of drafters alone
 MAX_DRAFTERS = 62  # a node's sources are bits of an int64
 
 
@@ -27,7 +28,8 @@ class Plugins:
 
     Raises:
         TypeError: an object without a single hook, a misspelt hook, a hook with an argument that it does not get, a
-            method with the name of a hook that is not marked as one, or an object that cannot be hashed.
+            method with the name of a hook that is not marked as one, an object that cannot be hashed, or one among the
+            others that drafts.
     """
 
     def __init__(self, drafters: Sequence[Any], others: Sequence[Any]) -> None:
@@ -37,7 +39,7 @@ class Plugins:
         if len(self.drafters) > MAX_DRAFTERS:
             raise ValueError(f"at most {MAX_DRAFTERS} drafters, got {len(self.drafters)}")
         for plugin in others:
-            self._register(plugin)
+            self._refuse_drafts(self._register(plugin), plugin)
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -120,6 +122,17 @@ class Plugins:
                     f"ppd_compose.hookimpl, give it another name, or leave out what is inherited by {hook} = None"
                 )
         return name
+
+    def _refuse_drafts(self, name: str, plugin: Any) -> None:
+        """Raise `TypeError` when `plugin`, which is no drafter, drafts: nobody would know whose guesses those are. It may
+        wrap what drafters do."""
+        callers = (caller for caller in self.manager.get_hookcallers(plugin) or [] if caller.name in DRAFTS)
+        for caller in callers:
+            own = (impl for impl in caller.get_hookimpls() if impl.plugin is plugin)
+            if not all(impl.wrapper or impl.hookwrapper for impl in own):
+                raise TypeError(
+                    f"{name!r} drafts, by its {caller.name}: give it to compose as a drafter, not in plugins"
+                )
 
 
 def name_of(plugin: Any) -> str:

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .cache import whole_context, with_cache
-from .check import MalformedDraft
+from .check import HUGE, MalformedDraft
 from .identity import LARGEST
 from .modes import evaluating
 
 MOST = 256  # columns
-HUGE = 1e4  # far beyond what training makes, and within what half precision can tell
 EIGHT_BITS = torch.float8_e4m3fn  # of a prefix in a file, where its numbers are such
 
 

@@ -1,6 +1,7 @@
 """Hooks: their order, one test each, and what a plugin that is wrong gets."""
 
 import inspect
+import math
 import re
 import time
 from dataclasses import replace
@@ -555,6 +556,88 @@ def test_malformed_appended_rows_name_the_drafter_and_the_fault(change, message)
 
     with pytest.raises(MalformedDraft, match=f"'clumsy'.*{message}"):
         run(None, Hangs())
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (torch.zeros(1, 16), "embeddings must be 32 wide, as the model's are, got 16"),
+        (torch.full((1, 32), math.nan), "embeddings hold NaN or values beyond"),
+        (torch.full((1, 32), 1e30), "embeddings hold NaN or values beyond"),
+    ],
+)
+def test_appended_embeddings_that_a_forward_cannot_take_name_the_drafter(embeddings, message):
+    class Hangs:
+        name = "clumsy"
+
+        def __init__(self):
+            self.row = torch.zeros(1, 32, dtype=torch.float64)
+
+        @hookimpl
+        def append(self, step):
+            if step.index == 3:
+                self.row = embeddings.double()
+            return Appended(self.row, array(0), array(0), array(0), np.ones(1))
+
+    with pytest.raises(MalformedDraft, match=f"'clumsy'.*{message}"):
+        run(None, Hangs())
+
+
+def _no_pair(tree, appended):
+    return tree
+
+
+def _no_rows(tree, appended):
+    return tree, []
+
+
+def _no_root(tree, appended):
+    return replace(tree, tokens=tree.tokens + 1), appended
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (_no_pair, "expected a tree and the appended rows, got TokenTree"),
+        (_no_rows, "the rows of 1 drafters must come back"),
+        (_no_root, "row 0 must be the root"),
+    ],
+)
+def test_a_fit_that_returns_something_else_is_named(returned, message):
+    class Fits:
+        @hookimpl
+        def fit(self, tree, appended):
+            return returned(tree, appended)
+
+    with pytest.raises(MalformedDraft, match=f"^fit returned a malformed draft: {message}"):
+        run(None, prompt_tokens(), plugins=[Fits()])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "at least the root"),
+        ([(0, 99)], "token 99 is outside the vocabulary of 61"),
+        ([(0, 5), (0, 5)], "node 0 does not follow"),
+        ([(1, 5)], "node 1 does not follow"),
+    ],
+)
+def test_an_accept_that_returns_no_path_is_named(pairs, message):
+    class Accepts:
+        @hookimpl
+        def accept(self):
+            return pairs
+
+    with pytest.raises(MalformedDraft, match=f"^accept returned a malformed draft: {message}"):
+        run(None, Oracle(answer()), plugins=[Accepts()])
+
+
+@pytest.mark.parametrize("hook", ["propose", "extend", "append", "prefix"])
+def test_a_plugin_that_drafts_is_told_to_be_a_drafter(hook):
+    drafts = type("Drafts", (), {"name": "drafts", hook: hookimpl(lambda self: None)})()
+    with pytest.raises(TypeError, match=f"'drafts' drafts, by its {hook}: give it to compose as a drafter, not a plugin"):
+        compose(tiny(), plugins=[drafts], budget=8)
+    compose(tiny(), drafts, budget=8)
 
 
 def test_a_misspelt_hook_and_a_wrong_argument_fail_at_compose():
