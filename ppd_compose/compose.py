@@ -46,7 +46,7 @@ def compose(
             folder or a Hub id. None at all decodes plainly.
         budget: how many rows one forward may verify: measured on this machine when None (seconds, once, at the
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
-        plugins: other objects with hooks: another `merge`, `fit` or `accept`, an observer.
+        plugins: other objects with hooks, none that drafts: another `merge`, `fit` or `accept`, an observer.
         packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same results,
             up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. Weights
             that are written later by way of `.data` are not seen. On a CPU that does not multiply in half precision,
@@ -63,12 +63,12 @@ def compose(
         An instance of the base's own class that shares its weights. `stats` tells what the last generation did.
 
     Raises:
-        TypeError: `base` is no transformers model, an object implements no or an unknown hook, drafters come as a list,
-            or `budget` is something else.
+        TypeError: `base` is no transformers model, drafters come as a list, `budget` is something else, or for an
+            object as `Plugins` says.
         OSError: a drafter or the calibration is given by name, folder or file, and cannot be read or found.
         ValueError: the base is a composition already or cannot verify a candidate tree, a drafter was made for another
-            base, weights cannot be packed where the base is, `compile` is another word, or the calibration is that of
-            other drafters.
+            base, two have one name, a budget is of no row, weights cannot be packed where the base is, `compile` is
+            another word, or the calibration is that of other drafters.
     """
     if isinstance(base, Composed):
         raise ValueError("the base is a composition already: compose its own base, with all drafters at once")

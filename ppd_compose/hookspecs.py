@@ -56,7 +56,7 @@ def prefix() -> Tensor | None:
 
 @hookspec
 def start(step: Step, model: PreTrainedModel) -> None:
-    """A sequence begins: its prompt is in the KV cache, and `step.memory` is empty.
+    """A sequence begins: its prompt is in the KV cache, and `step.memory[self]` is not there yet.
 
     `step.hidden_states` are those of all prompt tokens that were not in the cache already. The first token is then
     accepted after the prompt's last one, as a step whose tree is that root alone. What is to be given back when the
@@ -106,7 +106,8 @@ def extend(step: Step, tree: TokenTree) -> TokenTree | None:
 
 @hookspec
 def append(step: Step, tree: TokenTree) -> Appended | None:
-    """Return rows that ride along in the verify forward and are never accepted, or None.
+    """Return rows that ride along in the verify forward and are never accepted, or None. Their embeddings are finite and
+    as wide as the model's.
 
     The logits of those below the last accepted node come back as `step.answers[self]` in the next step, for `ask`
     and the hooks from `propose` to `fit`.

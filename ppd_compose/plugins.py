@@ -124,8 +124,8 @@ class Plugins:
         return name
 
     def _refuse_drafts(self, name: str, plugin: Any) -> None:
-        """Raise `TypeError` when `plugin`, which is no drafter, drafts: nobody would know whose guesses those are. It may
-        wrap what drafters do."""
+        """Raise `TypeError` when `plugin`, which is no drafter, drafts: nobody would know whose guesses those are. It
+        may wrap what drafters do."""
         callers = (caller for caller in self.manager.get_hookcallers(plugin) or [] if caller.name in DRAFTS)
         for caller in callers:
             own = (impl for impl in caller.get_hookimpls() if impl.plugin is plugin)

@@ -33,7 +33,8 @@ class Answer:
 @dataclass
 class Step:
     """The state of one sequence, without padding. `ids[-1]` is decided but not in the KV cache: it is the root of the
-    next tree."""
+    next tree. Where `generate` was given a filled KV cache and the new tokens alone, `ids` begin with these: what is
+    cached is not known as tokens."""
 
     ids: list[int]
     vocab_size: int

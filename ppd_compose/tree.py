@@ -29,7 +29,7 @@ class TokenTree:
 
     tokens: Ints  # [nodes]
     parents: Ints  # [nodes], -1 for the root
-    log_probs: Floats  # [nodes], claimed chance that the whole path is accepted; 0 for the root
+    log_probs: Floats  # [nodes], log of the claimed chance that the whole path is accepted; 0 for the root
     sources: Ints  # [nodes], bit i: drafter i proposed the node
 
     def __len__(self) -> int:
