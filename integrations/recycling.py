@@ -5,15 +5,18 @@ Knows a table of successors that fills while the model decodes. Needs no trainin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
 from ppd_compose.lineage import path_log_probs, renumber
 from ppd_compose.top import best_tokens, for_host, on_host
-from ppd_compose.tree import Floats, Ints, joined
+from ppd_compose.tree import NEVER, Floats, Ints, joined
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # chances, as the model gave them, that are counted together
 FORGET = 0.998  # how much of the past counts after each step
@@ -23,11 +26,65 @@ READ = 8  # rows of a forward whose successors are taken up: more gain nothing, 
 MOST = 256  # successors of a token, or tokens of a path
 
 
+@dataclass
+class Said:
+    """What one base said: after each token the likeliest, and how often such guesses were right."""
+
+    tokens: Ints  # [vocab, width]
+    chances: Floats  # [vocab, width], 0 where nothing is known
+    hits: Floats  # [bins of chances]
+    guesses: Floats  # [bins of chances]
+
+    @classmethod
+    def nothing(cls, vocab: int, width: int) -> Said:
+        """At first, with chances as the prior has them."""
+        middle = np.sqrt(np.array([0.01, *EDGES]) * np.array([*EDGES, 1.0]))
+        shape = vocab, width
+        return cls(np.zeros(shape, np.int64), np.zeros(shape), PRIOR * WORTH * middle, np.full(len(middle), PRIOR))
+
+    def read(self, ids: list[int]) -> None:
+        """Take up which token follows which in a prompt: its own next tokens go first, the latest one foremost; what
+        the model said there is not known."""
+        width = self.tokens.shape[1]
+        latest: dict[int, dict[int, None]] = {}
+        for token, following in zip(ids[-2::-1], ids[:0:-1], strict=True):
+            seen = latest.setdefault(token, {})
+            if len(seen) < width:
+                seen[following] = None
+        for token, seen in latest.items():
+            row, chances = self.tokens[token], self.chances[token]
+            stay = [at for at in np.flatnonzero(chances).tolist() if row[at] not in seen][: width - len(seen)]
+            end = len(seen) + len(stay)
+            row[:end], chances[:end] = [*seen, *row[stay]], [*[0.5] * len(seen), *chances[stay]]
+            chances[end:] = 0
+
+    def judge(self, tokens: Ints, following: list[int]) -> None:
+        """Count what the guesses after `tokens` `[accepted]` were worth, where `following` came."""
+        self.hits *= FORGET
+        self.guesses *= FORGET
+        chances = self.chances[tokens]
+        bins, known = np.digitize(chances, EDGES), chances > 0
+        right = known & (self.tokens[tokens] == np.asarray(following)[:, None])
+        self.guesses += np.bincount(bins[known], minlength=len(self.guesses))
+        self.hits += np.bincount(bins[right], minlength=len(self.hits))
+
+    def after(self, tokens: Ints, claims: Floats, least: float, size: int) -> tuple[Ints, Ints, Floats]:
+        """Of what followed `tokens` the likeliest `size` that claim `least`: tokens, which of `tokens` each follows,
+        and claims of whole paths, where those up to `tokens` claim `claims`."""
+        worth = np.log(np.minimum(self.hits / self.guesses, 0.99))
+        chances = self.chances[tokens]
+        claimed = claims[:, None] + np.where(chances > 0, worth[np.digitize(chances, EDGES)], -np.inf)
+        above, rank = np.nonzero(claimed > np.log(least))
+        best = np.argsort(-claimed[above, rank], kind="stable")[:size]
+        above, rank = above[best], rank[best]
+        return self.tokens[tokens[above], rank], above, claimed[above, rank]
+
+
 class TokenRecycling:
     """Drafter: the model's own best tokens after each token, as it gave them last, rejected candidates included.
 
-    The table `[vocab, width]` lasts from one generation to the next; `reset` empties it. Takes part in `extend`: the
-    root, and whatever other drafters guess, is continued by what followed those tokens.
+    A table `[vocab, width]` for each base lasts from one generation to the next; `reset` empties them. Takes part in
+    `extend`: the root, and whatever other drafters guess, is continued by what followed those tokens.
 
     Args:
         width: successors kept of each token.
@@ -49,29 +106,22 @@ class TokenRecycling:
 
     def reset(self) -> None:
         """Forget all that was seen."""
-        self.tokens: NDArray[np.int64] = np.zeros((0, self.width), np.int64)
-        self.chances: NDArray[np.float64] = np.zeros((0, self.width))
-        middle = np.sqrt(np.array([0.01, *EDGES]) * np.array([*EDGES, 1.0]))
-        self.hits, self.guesses = PRIOR * WORTH * middle, np.full(len(middle), PRIOR)
+        self.of: WeakKeyDictionary[nn.Module, Said] = WeakKeyDictionary()  # by the embedding, which compositions share
 
     @hookimpl
-    def start(self, step: Step) -> None:
-        """Make room for the vocabulary, and take up which token follows which in the prompt."""
-        if len(self.tokens) > step.vocab_size:  # of another base
-            self.reset()
-        if (known := len(self.tokens)) < step.vocab_size:
-            tokens = np.zeros((step.vocab_size, self.width), np.int64)
-            chances = np.zeros((step.vocab_size, self.width))
-            tokens[:known], chances[:known] = self.tokens[:known], self.chances[:known]
-            # Both of full size, and the one whose size is asked last: another thread may decode meanwhile.
-            self.chances, self.tokens = chances, tokens
-        for token, following in zip(step.ids, step.ids[1:], strict=False):
-            self._see(token, following)
+    def start(self, step: Step, model: PreTrainedModel) -> None:
+        """Find what this base said before, and take up which token follows which in the prompt."""
+        embedding: nn.Module = model.get_input_embeddings()
+        said = self.of.get(embedding)
+        if said is None or len(said.tokens) != step.vocab_size:  # resized
+            said = self.of[embedding] = Said.nothing(step.vocab_size, self.width)
+        step.memory[self] = said
+        said.read(step.ids)
 
     @hookimpl
     def extend(self, step: Step, tree: TokenTree) -> TokenTree | None:
         """The likeliest continuations of the root and of all paths of `tree`."""
-        return self._grown(tree, step.candidates)
+        return self._grown(step.memory[self], tree, step.candidates)
 
     @hookimpl
     def observe(self, step: Step, logits: Tensor) -> None:
@@ -79,37 +129,22 @@ class TokenRecycling:
         was asked for guesses after the likeliest others."""
         if step.tree is None:
             return
-        self._judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
+        said: Said = step.memory[self]
+        said.judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
         rows = _worth_reading(step.tree, step.path, READ if self.name in step.drafting else 0)
         read = logits.index_select(0, torch.tensor(rows, device=logits.device))  # four times as fast as logits[rows]
         claims, best = on_host(*for_host(*best_tokens(read.float(), self.width)))
         words, width = step.tree.tokens[rows], best.shape[1]
-        self.tokens[words, :width] = best
-        self.chances[words, :width] = np.exp(claims)
+        said.tokens[words, :width] = best
+        said.chances[words, :width] = np.exp(claims)
 
-    def _see(self, token: int, following: int) -> None:
-        """The prompt's own next token goes first; what the model said there is not known."""
-        row, chances = self.tokens[token], self.chances[token]
-        at = np.flatnonzero((row == following) & (chances > 0))
-        end = int(at[0]) if len(at) else self.width - 1
-        row[1 : end + 1], chances[1 : end + 1] = row[:end].copy(), chances[:end].copy()
-        row[0], chances[0] = following, 0.5
-
-    def _judge(self, tokens: Ints, following: list[int]) -> None:
-        self.hits *= FORGET
-        self.guesses *= FORGET
-        chances = self.chances[tokens]
-        bins, known = np.digitize(chances, EDGES), chances > 0
-        right = known & (self.tokens[tokens] == np.asarray(following)[:, None])
-        self.guesses += np.bincount(bins[known], minlength=len(self.guesses))
-        self.hits += np.bincount(bins[right], minlength=len(self.hits))
-
-    def _grown(self, tree: TokenTree, size: int) -> TokenTree | None:
+    def _grown(self, said: Said, tree: TokenTree, size: int) -> TokenTree | None:
         """`tree` and, below its nodes, the likeliest `size` successors of successors; None when there are none."""
         levels: list[tuple[Ints, Ints, Floats]] = []
-        tokens, claims, rows, total = tree.tokens, tree.log_probs, np.arange(len(tree)), len(tree)
+        begun = np.maximum(tree.log_probs, NEVER)
+        tokens, claims, rows, total = tree.tokens, begun, np.arange(len(tree)), len(tree)
         for _ in range(self.depth):
-            tokens, above, claims = self._successors(tokens, claims, size)
+            tokens, above, claims = said.after(tokens, claims, self.least, size)
             if not len(tokens):
                 break
             levels.append((tokens, rows[above], claims))
@@ -120,19 +155,9 @@ class TokenRecycling:
         words, parents, scores = (np.concatenate(column) for column in zip(*levels, strict=True))
         # A successor claims less than what it follows, so the best of all are closed under parents.
         best = np.sort(np.argsort(-scores, kind="stable")[:size])
-        given = scores - np.concatenate([tree.log_probs, scores])[parents]
+        given = scores - np.concatenate([begun, scores])[parents]
         at = renumber(np.concatenate([np.arange(len(tree)), len(tree) + best]), len(tree) + len(scores))
         return _grafted(tree, words[best], at[parents[best]], given[best])
-
-    def _successors(self, tokens: Ints, claims: Floats, size: int) -> tuple[Ints, Ints, Floats]:
-        """Of what followed `tokens` the likeliest `size`: tokens, which of `tokens` each follows, and claims."""
-        worth = np.log(np.minimum(self.hits / self.guesses, 0.99))
-        chances = self.chances[tokens]
-        claimed = claims[:, None] + np.where(chances > 0, worth[np.digitize(chances, EDGES)], -np.inf)
-        above, rank = np.nonzero(claimed > np.log(self.least))
-        best = np.argsort(-claimed[above, rank], kind="stable")[:size]
-        above, rank = above[best], rank[best]
-        return self.tokens[tokens[above], rank], above, claimed[above, rank]
 
 
 def _worth_reading(tree: TokenTree, path: list[int], read: int) -> list[int]:
@@ -147,7 +172,8 @@ def _worth_reading(tree: TokenTree, path: list[int], read: int) -> list[int]:
 def _grafted(tree: TokenTree, words: Ints, parents: Ints, given: Floats) -> TokenTree:
     """`tree` with `words` below it, marked as guessed, each with a claim given the row above; one whose path is there
     already stands for its twin, and the claim is its own."""
-    known = tree.log_probs - tree.log_probs[tree.parents]
+    paths = np.maximum(tree.log_probs, NEVER)
+    known = paths - paths[tree.parents]
     every = np.concatenate([tree.tokens, words]), np.concatenate([tree.parents, parents])
     tokens, above, (at,) = joined([TokenTree.of(*every, np.zeros(len(every[0])))])
     claims, marks = np.zeros(len(tokens)), np.zeros(len(tokens), np.int64)

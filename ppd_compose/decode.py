@@ -64,7 +64,8 @@ class Decoding:
         # Plugins never see padding: neither its tokens nor its hidden states.
         shown = request.visible[-request.ids.shape[1] :].to(request.ids.device)
         ids = request.ids[0][shown].tolist()
-        self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters))
+        before = int(request.visible.sum()) - len(ids)
+        self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters), before)
         self.context = Context.of(request.visible[:-1].cpu())  # less the root, which the first commit adds
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path

@@ -106,8 +106,8 @@ def extend(step: Step, tree: TokenTree) -> TokenTree | None:
 
 @hookspec
 def append(step: Step, tree: TokenTree) -> Appended | None:
-    """Return rows that ride along in the verify forward and are never accepted, or None. Their embeddings are finite and
-    as wide as the model's.
+    """Return rows that ride along in the verify forward and are never accepted, or None. Their embeddings are finite
+    and as wide as the model's.
 
     The logits of those below the last accepted node come back as `step.answers[self]` in the next step, for `ask`
     and the hooks from `propose` to `fit`.

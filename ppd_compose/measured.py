@@ -67,7 +67,7 @@ class Watch:
             self.pace = None
         known = len(budget.contexts) == 1 or len(step.ids) <= budget.contexts[-1]
         if step.index > 1 and step.rows <= budget.max_rows and known:
-            told = float(budget.curve(len(step.ids))[step.rows - 1])
+            told = float(budget.curve(step.length)[step.rows - 1])
             nearest, ratio = min(budget.rows, key=lambda rows: abs(rows - step.rows)), step.seconds / told
             if self.pace is not None:
                 self.latest.append((nearest, ratio, ratio / self.pace))

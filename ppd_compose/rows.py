@@ -63,7 +63,7 @@ class BestRows:
     @hookimpl(trylast=True)
     def start(self, step: Step) -> None:
         """Go on at the pace of the sequence before, if there was one."""
-        pace = step.memory[self] = _Pace(*self.before, step.budget.curve(len(step.ids)))
+        pace = step.memory[self] = _Pace(*self.before, step.budget.curve(step.length))
         if pace.tokens:
             step.rate = pace.rate
 
@@ -81,7 +81,7 @@ class BestRows:
     def fit(self, step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, list[Appended]]:
         """Take rows in order of what they earn, a parent before its children, while that pays."""
         pace = step.memory[self]
-        pace.index, pace.curve = step.index, step.budget.curve(len(step.ids))
+        pace.index, pace.curve = step.index, step.budget.curve(step.length)
         price = pace.rate * pace.curve
         self._judge(step, tree, pace, price)
         gains = [self.worth.kept(rows) * rows.gains for rows in appended]

@@ -33,14 +33,14 @@ class Answer:
 @dataclass
 class Step:
     """The state of one sequence, without padding. `ids[-1]` is decided but not in the KV cache: it is the root of the
-    next tree. Where `generate` was given a filled KV cache and the new tokens alone, `ids` begin with these: what is
-    cached is not known as tokens."""
+    next tree."""
 
     ids: list[int]
     vocab_size: int
     budget: Budget
     room: int  # tokens that may still be generated
     drafters: tuple[str, ...] = ()  # names; bit i of a node's sources is the i-th
+    before: int = 0  # tokens that are cached but were not given to `generate`: `ids` begins behind them
     index: int = 0  # steps done, the prefill included
     tree: TokenTree | None = None  # what the last step verified
     rows: int = 0  # rows of the last forward, appended ones included
@@ -60,6 +60,11 @@ class Step:
         waiting, self.later = self.later, []
         for call in waiting:
             call()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, the root included."""
+        return self.before + len(self.ids)
 
     @property
     def candidates(self) -> int:

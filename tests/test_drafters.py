@@ -1,6 +1,9 @@
 """The drafters that need no files, drafters by name, and the checks that all of them pass."""
 
+import gc
+import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.lookup import PromptLookup, Text
-from ppd_compose.integrations.recycling import TokenRecycling
+from ppd_compose.integrations.recycling import Said, TokenRecycling
 from test_ngram import ngram_table
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 
@@ -90,15 +93,73 @@ def test_lookup_trusts_matches_that_kept_their_promise():
     assert claims[0] > claims[1]
 
 
-def test_recycling_forgets_what_a_base_of_more_tokens_said():
-    drafter, large = TokenRecycling(), tiny()
-    large.resize_token_embeddings(90)
+def large_base():
+    large = tiny()
+    large.resize_token_embeddings(90, mean_resizing=False)
     with torch.no_grad():
-        large.lm_head.weight[61:] += 0.5  # so that it says those
-    compose(large, drafter, budget=8).generate(prompt(), max_new_tokens=30, do_sample=False)
-    base = tiny()
+        large.lm_head.weight[61:] = 1.5 * large.lm_head.weight[:29]  # so that it says those
+    return large
+
+
+def test_recycling_keeps_apart_what_two_bases_said():
+    drafter, bases = TokenRecycling(), [large_base(), tiny(), tiny(seed=1)]
+
+    def decode(base):
+        model = compose(base, drafter, budget=8)
+        return [model.generate(prompt(seed=seed), max_new_tokens=20, do_sample=False) for seed in range(4)]
+
+    with ThreadPoolExecutor(3) as threads:
+        for base, told in zip(bases, threads.map(decode, bases), strict=True):
+            for seed, ids in enumerate(told):
+                assert torch.equal(ids, base.generate(prompt(seed=seed), max_new_tokens=20, do_sample=False))
+    said = [drafter.of[base.get_input_embeddings()] for base in bases]
+    assert [len(each.tokens) for each in said] == [90, 61, 61]
+    assert not np.array_equal(said[1].tokens, said[2].tokens)
+    bases.clear()
+    del base
+    gc.collect()
+    assert not drafter.of  # nor is a base held that is gone
+
+
+def test_recycling_begins_anew_where_the_vocabulary_has_grown():
+    drafter, base = TokenRecycling(), tiny()
+    compose(base, drafter, budget=8).generate(prompt(), max_new_tokens=30, do_sample=False)
+    base.resize_token_embeddings(90, mean_resizing=False)
     told = compose(base, drafter, budget=8).generate(prompt(), max_new_tokens=30, do_sample=False)
     assert torch.equal(told, base.generate(prompt(), max_new_tokens=30, do_sample=False))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recycling_reads_a_prompt_as_token_after_token(seed):
+    dice = random.Random(seed)
+    said, rows = Said.nothing(9, 4), {}
+    for length in (30, 1, 2, 12):
+        ids = [dice.randrange(9) for _ in range(length)]
+        said.read(ids)
+        for token, following in pairwise(ids):
+            row = rows.setdefault(token, [])
+            rows[token] = [following, *(each for each in row if each != following)][:4]
+    for token in range(9):
+        assert said.tokens[token][said.chances[token] > 0].tolist() == rows.get(token, [])
+
+
+def test_recycling_continues_guesses_that_claim_nothing():
+    class Boasts:
+        name = "boasts"
+
+        @hookimpl
+        def propose(self, step):
+            return TokenTree.of([step.ids[-1], 3, 4], [-1, 0, 1], [0.0, -math.inf, -math.inf])
+
+    class Takes:
+        @hookimpl
+        def merge(self, trees):
+            return trees[-1]
+
+    base = tiny()
+    model = compose(base, Boasts(), TokenRecycling(), plugins=[Takes()], budget=16)
+    expected = base.generate(prompt(), max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=20, do_sample=False), expected)
 
 
 def test_recycling_keeps_what_the_model_said_and_continues_the_guesses_of_others():
@@ -110,24 +171,25 @@ def test_recycling_keeps_what_the_model_said_and_continues_the_guesses_of_others
         logits = base(out[None]).logits[0]
     token = int(out[-3])
     last = int((out[:-2] == token).nonzero()[-1])
-    assert recycling.tokens[token].tolist() == logits[last].topk(4).indices.tolist()
-    np.testing.assert_allclose(recycling.chances[token], logits[last].softmax(-1).topk(4).values, rtol=1e-6)
+    (said,) = recycling.of.values()
+    assert said.tokens[token].tolist() == logits[last].topk(4).indices.tolist()
+    np.testing.assert_allclose(said.chances[token], logits[last].softmax(-1).topk(4).values, rtol=1e-6)
     tree = TokenTree.chain(int(out[0]), [token], [-0.1])
-    grown = recycling._grown(tree, 8)
-    assert grown.child(1, int(recycling.tokens[token][0])) is not None
+    grown = recycling._grown(said, tree, 8)
+    assert grown.child(1, int(said.tokens[token][0])) is not None
     assert len(grown) <= len(tree) + 8
     recycling.reset()
-    assert not len(recycling.tokens)
+    assert not recycling.of
 
 
 @pytest.mark.parametrize(("asked", "read"), [({"recycling": 0.0}, {5, 1, 2, 3}), ({}, {5, 1})])
 def test_recycling_that_is_not_asked_takes_up_accepted_rows_only(asked, read):
     recycling, step = TokenRecycling(width=4), Step([5], 61, Budget.flat(8), 10)
-    recycling.start(step)
+    recycling.start(step, tiny())
     tree = TokenTree.of([5, 1, 2, 3], [-1, 0, 0, 1], np.log([1.0, 0.5, 0.3, 0.2]))
     step.ids, step.tree, step.path, step.drafting = [5, 1, 7], tree, [0, 1], asked
     recycling.observe(step, torch.randn(4, 61, generator=torch.Generator().manual_seed(0)))
-    assert set(np.flatnonzero(recycling.chances.any(1)).tolist()) == read
+    assert set(np.flatnonzero(step.memory[recycling].chances.any(1)).tolist()) == read
 
 
 @pytest.mark.parametrize(

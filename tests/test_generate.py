@@ -510,17 +510,26 @@ def test_memory_for_a_window_does_not_grow_with_the_answer(monkeypatch):
 
 
 def test_only_the_new_tokens_of_a_chat():
-    base, model, ids = pair()
+    base, _, ids = pair()
     turn = base.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     fresh = torch.cat([turn.sequences[:, -1:], prompt(4, seed=4)], dim=1)
     whole = torch.cat([turn.sequences, prompt(4, seed=4)], dim=1)
     seen = torch.ones_like(whole)
     expected = base.generate(whole, attention_mask=seen, max_new_tokens=10, do_sample=False)[:, whole.shape[1] :]
+    lengths = []
+
+    class Watch:
+        @hookimpl
+        def start(self, step):
+            lengths.append((len(step.ids), step.length))
+
+    model = compose(base, prompt_tokens(), budget=12, plugins=[Watch()])
     told = model.generate(
         fresh, attention_mask=seen, **continuing(turn),
         max_new_tokens=10, do_sample=False,
     )  # fmt: skip
     assert torch.equal(told[:, fresh.shape[1] :], expected)
+    assert lengths == [(fresh.shape[1], whole.shape[1])]  # forwards are priced by what is cached
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])

@@ -141,7 +141,7 @@ class EagleHead(Shared):
         if size < 1 or most < 0:
             return None
         price = memory.rows.parts.price
-        curve = None if step.budget.fixed else step.budget.curve(len(step.ids))
+        curve = None if step.budget.fixed else step.budget.curve(step.length)
         levels = price.levels(most, curve, step.rate)
         memory.root = memory.rows.accept(step.ids)
         known, frontier = TokenTree.chain(step.ids[-1]), Frontier.root(memory.root)
