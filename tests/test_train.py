@@ -299,6 +299,11 @@ def test_replies_that_reach_too_far_are_told(tmp_path):
         ('{"turns": ["a", 3]}', "line 1: needs"),
         ("[1, 2]", "line 1: needs"),
         ('{"prompt": "  "}', "line 1: needs"),
+        ('{"prompt": "a"}\n{"prompt": "cut \\ud83d"}', r"prompts\.jsonl, line 2: .* half of a character"),
+        ('{"turns": ["a", "\\udc00 b"]}', "line 1: .* half of a character"),
+        ('{"prompt": "a", "category": "\\ud83d"}', "line 1: .* half of a character"),
+        ('{"prompt": "a", "id": ' + "7" * 5000 + "}", r"prompts\.jsonl, line 1: not JSON"),
+        ('{"prompt": "a"}\n' + "[" * 100_000 + "]" * 100_000, r"prompts\.jsonl, line 2: not JSON"),
     ],
 )
 def test_a_malformed_prompt_file_names_the_line(tmp_path, text, message):
