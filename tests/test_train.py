@@ -1,6 +1,8 @@
 """Training: the loss and its mask, own replies, determinism, resuming, and a base that stays as it was."""
 
 import json
+import math
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -186,6 +188,34 @@ def test_training_lowers_the_loss(tmp_path):
 def test_a_recipe_of_nothing_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         PromptRecipe(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix": 257}, "prefix must be at most 256, got 257"),
+        ({"num_prompt_tokens": 257}, "num_prompt_tokens is more than 256"),
+        ({"ensemble": 257}, "ensemble is more than 256"),
+        ({"ensemble": 2.0}, r"ensemble must be a whole number of at least 1, got 2\.0"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295, got 4294967296"),
+        ({"seed": 0.5}, r"seed must be a whole number .* got 0\.5"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a finite number above 0, got 0\.0"),
+        ({"learning_rate": -1e-2}, "learning_rate must be a finite number above 0, got -0.01"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"decay": 0.0}, r"decay must be a finite number above 0, got 0\.0"),
+        ({"decay": math.inf}, "decay must be a finite number above 0, got inf"),
+    ],
+)
+def test_a_recipe_that_no_training_can_follow_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PromptRecipe(**settings)
+
+
+def test_a_recipe_at_its_limits_is_followed(tmp_path):
+    limits = {"prefix": 256, "num_prompt_tokens": 256, "ensemble": 256, "seed": 2**32 - 1}
+    assert PromptRecipe(**limits).prefix == 256
+    trained(tiny(dtype=torch.float32), tmp_path, replace(RECIPE, seed=2**32 - 1, steps=1))
 
 
 def test_replies_too_short_to_learn_from(tmp_path):
