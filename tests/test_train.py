@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel
 from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
+from transformers import AutoModelForCausalLM
 
 from ppd_compose import PromptTokens, compose, load_drafter, loop
 from ppd_compose import replies as replies_module
@@ -259,6 +260,34 @@ def test_replies_of_other_settings_are_not_those_without(tmp_path):
     other.generation_config.repetition_penalty, other.generation_config.temperature = None, 0.3
     assert own_replies(other, asked, tmp_path, max_new_tokens=12)[0] == mine  # which no greedy generation heeds
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}}),
+        ("mistral", {"sliding_window": 2}),
+        ("granite", {"logits_scaling": 1e-3, "embedding_multiplier": 0.1}),
+    ],
+)
+def test_replies_of_the_same_weights_with_another_configuration_are_others(tmp_path, family, settings):
+    base, other, asked = tiny(family), tiny(family, **settings), [prompt()[0].tolist()]
+    assert weights_digest(base) == weights_digest(other)
+    mine, theirs = (own_replies(model, asked, tmp_path, max_new_tokens=12)[0] for model in (base, other))
+    whole = other.generate(prompt(), attention_mask=torch.ones(1, 12), max_new_tokens=12, do_sample=False)
+    assert theirs.ids == whole[0].tolist() != mine.ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_was_saved_has_the_same_replies_wherever_it_lies(tmp_path, family):
+    base, asked = tiny(family, attention="eager"), [prompt()[0].tolist()]
+    made = own_replies(base, asked, tmp_path / "replies", max_new_tokens=4)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=base.dtype)
+    again.config.use_cache = False
+    again.config.pad_token_id = 3
+    assert own_replies(again, asked, tmp_path / "replies", max_new_tokens=4) == made
+    assert len(list((tmp_path / "replies").iterdir())) == 1
 
 
 def test_replies_of_one_adapter_are_not_those_of_another(tmp_path):
