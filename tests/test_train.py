@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from ppd_compose import PromptTokens, compose, load_drafter, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
-from ppd_compose.checkpoints import resume
+from ppd_compose.checkpoints import discard, resume
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.identity import weights_digest
 from ppd_compose.plugins import installed
@@ -460,6 +460,45 @@ def test_a_model_is_not_written_over_and_what_else_is_there_stays(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: give the folder to write"):
         refuse_out(tmp_path / "file", PromptTokens)
+
+
+@pytest.mark.parametrize("place", ["file/x", "file/x/y", "link", "/proc/x"])
+def test_a_place_that_cannot_be_written_is_told_before_replies_are_made(tmp_path, monkeypatch, place):
+    if place.startswith("/") and not os.path.isdir(os.path.dirname(place)):
+        pytest.skip("no such folder here")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cannot be written \(.+\): give another folder"):
+        train_ppd(base, tokenizer(), [Prompt(("ab",))], tmp_path / place, RECIPE, reply_tokens=12)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was_until_something_is(tmp_path):
+    for out in (tmp_path, tmp_path / "a" / "b"):
+        refuse_out(out, PromptTokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_a_kill_cut_off_go_with_the_others(tmp_path):
+    base, asked = tiny(dtype=torch.float32, eos=60), [Prompt((f"{c}abcdefg",)) for c in "hijkl"]
+    cut = [tmp_path / name / ".step-000002.0123" for name in ("run", "whole/.checkpoints")]
+    for each in cut:
+        each.mkdir(parents=True)
+        (each / "model.safetensors").touch()
+    trained(base, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000004", "step-000006"]
+    train_ppd(base, tokenizer(), asked, tmp_path / "whole", replace(RECIPE, steps=1), held_out=1, reply_tokens=12)
+    assert not (tmp_path / "whole" / ".checkpoints").exists()
+
+
+def test_what_a_kill_left_of_checkpoints_is_removed_when_they_have_served(tmp_path):
+    (tmp_path / ".checkpoints" / ".step-000002.0123").mkdir(parents=True)
+    (tmp_path / ".checkpoints" / "step-000004").mkdir()
+    discard(tmp_path / ".checkpoints")
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_are_hidden_and_folders_of_others_stay(tmp_path):
