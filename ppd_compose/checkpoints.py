@@ -17,16 +17,18 @@ from accelerate import Accelerator
 from .storage import staged_folder
 
 KEPT = 2  # the newest, and one before it
+CUT_OFF = ".step-*"  # what a process that was killed did not write to the end
 
 
 def checkpoint(accelerator: Accelerator, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """Write the checkpoint of `step`, by the main process, and remove older ones; `facts` decide what comes out."""
+    """Write the checkpoint of `step`, by the main process, and remove older ones and what was cut off; `facts` decide
+    what comes out."""
     target = folder / f"step-{step:06}"
     if accelerator.is_main_process and not target.exists():
         with staged_folder(target) as staging:
             accelerator.save_state(str(staging))
             (staging / "recipe.json").write_text(json.dumps(facts), encoding="utf-8")
-        for old in _in_order(folder)[:-KEPT]:
+        for old in [*_in_order(folder)[:-KEPT], *folder.glob(CUT_OFF)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -47,7 +49,7 @@ def resume(accelerator: Accelerator, folder: Path, facts: Mapping[str, Any]) -> 
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints in `folder`, and it when nothing else is in it; another process may do so meanwhile."""
-    for each in folder.glob("step-*"):
+    for each in [*folder.glob("step-*"), *folder.glob(CUT_OFF)]:
         shutil.rmtree(each, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()

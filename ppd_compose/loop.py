@@ -28,6 +28,9 @@ from .replies import Reply
 
 Module = TypeVar("Module", bound=nn.Module)
 
+SEEDS = 2**32  # that NumPy takes
+RATES = ("learning_rate", "decay")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -45,10 +48,16 @@ class Recipe:
     may_be_zero: ClassVar[tuple[str, ...]] = ("warmup",)
 
     def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers with which nothing can be trained."""
         for name, value in asdict(self).items():
             least = 0 if name in self.may_be_zero else 1
-            if isinstance(value, int) and value < least and name != "seed":
+            if isinstance(value, int) and value < least and name not in ("seed", *RATES):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {self.seed!r}")
+        for name in RATES:
+            if not (rate := getattr(self, name)) > 0 or not math.isfinite(rate):
+                raise ValueError(f"{name} must be a finite number above 0, got {rate}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

@@ -6,11 +6,14 @@ Knows JSON lines and chat templates. Does not know models.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+HALF = re.compile("[\ud800-\udfff]")  # JSON may write two halves of a character each on its own, UTF-8 has none
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,19 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _read_line(path: Path, number: int, line: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+    except (ValueError, RecursionError) as error:  # too long a number, or too many lists in lists
+        why = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{path}, line {number}: not JSON ({why}): {line[:60]!r}") from None
     turns = _turns(record)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(f'{path}, line {number}: needs "prompt" (text) or "turns" (texts), got {line[:60]!r}')
-    return Prompt(tuple(turns), str(record.get("category", "all")))
+    category = str(record.get("category", "all"))
+    if any(HALF.search(text) for text in (*turns, category)):
+        raise ValueError(
+            f"{path}, line {number}: a text holds half of a character (a lone surrogate such as \\ud83d), which no "
+            f"tokenizer takes: write it whole or leave it out, got {line[:60]!r}"
+        )
+    return Prompt(tuple(turns), category)
 
 
 def _turns(record: Any) -> list[Any]:

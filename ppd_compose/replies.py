@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,14 @@ UNHEEDED = {
     "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length",
     "max_new_tokens", "use_cache", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+# Of a configuration what no forward heeds, how it came to be, or what the rest of the key tells.
+NOT_COMPUTED = {
+    "transformers_version", "architectures", "auto_map", "tokenizer_class", "id2label", "label2id", "problem_type",
+    "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states", "output_router_logits", "dtype", "torch_dtype", "attn_implementation",
+    "experts_implementation", "quantization_config",
 }  # fmt: skip
 
 
@@ -52,9 +60,9 @@ def own_replies(
 ) -> list[Reply]:
     """Greedy replies of `model` to `prompts` (token ids), in the order of `prompts`.
 
-    Batches are written to `folder` one file each, under a key of weights, dtype, length and what else decides a greedy
-    generation, so that an interrupted call goes on where it stopped and prompts added later cost only themselves.
-    Prompts of like length share a batch.
+    Batches are written to `folder` one file each, under a key of weights, configuration, dtype, length and what else
+    decides a greedy generation, so that an interrupted call goes on where it stopped and prompts added later cost only
+    themselves. Prompts of like length share a batch.
     """
     cache = folder / _key(model, max_new_tokens)
     known = _known(cache)
@@ -80,10 +88,14 @@ def _known(cache: Path) -> dict[tuple[int, ...], list[int]]:
 
 
 def _key(model: PreTrainedModel, length: int) -> str:
-    config = model.generation_config.to_diff_dict()
-    heeded = {name: value for name, value in sorted(config.items()) if name not in UNHEEDED}
-    facts = [weights_digest(model), _eos(model), str(model.dtype), length, *([heeded] if heeded else [])]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+    heeded = _without(UNHEEDED, model.generation_config)
+    computed = _without(NOT_COMPUTED, model.config.get_text_config())
+    facts = [weights_digest(model), _eos(model), str(model.dtype), length, heeded, computed]
+    return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without(names: Container[str], config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_diff_dict().items() if name not in names}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,23 @@ def staged_folder(target: Path) -> Iterator[Path]:
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `ValueError` when nothing can be written to `folder`, or it cannot be made; what is there stays as it is.
+
+    Of a folder that is not there its nearest parent is tried, so that nothing has to be removed again in which another
+    process may write by then.
+    """
+    places = (folder.absolute(), *folder.absolute().parents)
+    place = next((each for each in places if os.path.lexists(each)), folder)
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(f"{place} is no folder")
+        with tempfile.TemporaryDirectory(dir=place, prefix=".") as tried:
+            (Path(tried) / "tried").touch()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror or error}): give another folder") from None
 
 
 def write_text(target: Path, text: str) -> None:

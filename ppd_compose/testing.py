@@ -6,6 +6,7 @@ rejected, and a base that stays as it was. Does not know how good the guesses ar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from .cache import GENERATE_NAME
 from .check import MalformedDraft
 from .compose import compose
 from .hookspecs import hookimpl
@@ -98,6 +100,8 @@ def check_drafter(make: Callable[[PreTrainedModel], Any], base: PreTrainedModel 
             _expect(_appearance(model) == before, "an attribute, hook, flag or weight of the base changed")
         except (MalformedDraft, AssertionError) as error:
             raise DrafterFault(f"{title}: {error}") from error
+        except Exception as error:  # whatever a drafter raises
+            raise DrafterFault(f"{title}: {type(error).__name__}: {error}") from error
 
 
 def _lossless_alone(drafter: Any, base: Any) -> None:
@@ -125,6 +129,26 @@ def _lossless_when_used_again(drafter: Any, base: Any) -> None:
     model = compose(base, drafter, budget=16)
     for length in (LENGTHS[-1], 3, 9):
         _compare(base, model, _prompt(base, length, seed=length))
+
+
+def _goes_on_from_a_cache(drafter: Any, base: Any) -> None:
+    ids = _prompt(base, 9)
+    turn = base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
+                         return_dict_in_generate=True)  # fmt: skip
+    whole = torch.cat([turn.sequences, _prompt(base, 5, seed=1)], dim=1)
+    model, seen = compose(base, drafter, budget=16), torch.ones_like(whole)
+    expected = _generate(base, whole)[:, whole.shape[1] :]
+    for given in (whole, whole[:, turn.sequences.shape[1] - 1 :]):  # all of the text, and what is not cached
+        kept: Any = {GENERATE_NAME: copy.deepcopy(turn[GENERATE_NAME])}
+        told = _generate(model, given, attention_mask=seen, **kept)
+        _expect_equal(told[:, given.shape[1] :], expected)
+
+
+def _heeds_padding(drafter: Any, base: Any) -> None:
+    ids = torch.nn.functional.pad(_prompt(base, 9), (3, 0))
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    _compare(base, compose(base, drafter, budget=16), ids, attention_mask=mask)
 
 
 def _stops_inside_a_path(drafter: Any, base: Any) -> None:
@@ -155,7 +179,7 @@ def _guesses_at_all(drafter: Any, base: Any) -> None:
 
 CHECKS: tuple[Callable[[Any, Any], None], ...] = (
     _guesses_at_all, _lossless_alone, _lossless_with_others, _lossless_when_cut, _lossless_when_all_is_rejected,
-    _lossless_when_used_again, _stops_inside_a_path, _same_seed_same_tokens,
+    _lossless_when_used_again, _goes_on_from_a_cache, _heeds_padding, _stops_inside_a_path, _same_seed_same_tokens,
 )  # fmt: skip
 
 
@@ -169,8 +193,9 @@ def _vocab(base: Any) -> int:
 
 
 def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
-    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **settings}
-    out: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    mask = torch.ones_like(ids)
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": mask, **settings}
+    out: Tensor = model.generate(ids, **settings)
     return out
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapter import check_counts
 from .distill import Batch, Guessed, PromptRows
 from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
-from .prefix import in_eight_bits, prefix_shape
+from .prefix import MOST, in_eight_bits, prefix_shape
 from .replies import Reply
 
 RANKS = 10
@@ -30,6 +31,12 @@ class PromptRecipe(Recipe):
     ensemble: int = 1
     prefix: int = 0  # keys and values of each layer that prompt tokens alone see
     may_be_zero: ClassVar[tuple[str, ...]] = (*Recipe.may_be_zero, "prefix")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self.num_prompt_tokens, self.ensemble)
+        if self.prefix > MOST:
+            raise ValueError(f"prefix must be at most {MOST}, got {self.prefix}: no file of prompt tokens holds more")
 
 
 @dataclass(frozen=True)

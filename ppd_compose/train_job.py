@@ -24,7 +24,7 @@ from .prompt import PromptTokens
 from .prompts import Prompt, encode
 from .replies import Reply, own_replies
 from .sources import read_object
-from .storage import cache_folder
+from .storage import cache_folder, refuse_unwritable
 from .train import PromptRecipe, first_rows, train_prompt_tokens
 
 ADAPTER, CONFIG = CONFIGS
@@ -78,10 +78,12 @@ def checkpoints_in(out: Path, kind: Any, mark: str = MARK) -> Path:
 
 
 def refuse_out(out: Path, kind: Any, mark: str = MARK) -> None:
-    """Raise `ValueError` when `out` is a file, or holds a model whose configuration has no entry `mark`, or an adapter
-    or drafter that is not of `kind`, the class of what is written: they would be written over, or read in its place."""
+    """Raise `ValueError` when `out` cannot be written, or holds a model whose configuration has no entry `mark`, or an
+    adapter or drafter that is not of `kind`, the class of what is written: they would be written over, or read in its
+    place."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give the folder to write")
+    refuse_unwritable(out)
     if (out / CONFIG).is_file() and "model_type" in (told := read_object(out / CONFIG)) and mark not in told:
         raise ValueError(
             f"{out} holds a model ({told['model_type']}), which would be written over: give another folder"

@@ -244,6 +244,8 @@ def test_a_surplus_tensor_is_named(tmp_path, version):
         ({"ppd_compose": {"format": 2}}, "'ppd_compose' is not of format 1, which this version reads: .'format': 2."),
         ({"ppd_compose": "yes"}, "'ppd_compose' is not of format 1"),
         ({"ppd_compose": {"format": 1, "base": {"nme": "x"}}}, "a field of 'ppd_compose' is wrong"),
+        ({"ppd_compose": {"format": 1, "training": "x"}}, r"config.json: a field of .* must be an object, got str"),
+        ({"ppd_compose": {"format": 1, "training": None}}, "training must be an object, got NoneType"),
     ],
 )
 def test_a_configuration_that_cannot_be_honoured_is_refused_by_name(tmp_path, config, message):

@@ -279,6 +279,14 @@ def test_a_head_that_training_cannot_go_on_from_is_refused_before_replies_are_ma
     assert not (tmp_path / "head").exists()
 
 
+def test_the_index_of_another_head_is_refused_before_replies_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds model\.safetensors\.index\.json, which would be read instead"):
+        train_eagle(tiny(dtype=torch.float32), Words(), [Prompt(("1 2",))], tmp_path, RECIPE, reply_tokens=12)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.index.json"]
+
+
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch, capsys):
     given = {}
 

@@ -425,6 +425,11 @@ VLLM_DEFECTS = {
     "vocabulary of words": (lambda t: None, {"vocab_size": "all"}, "vocab_size must be a whole number"),
     "scaled": (lambda t: None, {"logit_scale": 0.5}, "says logit_scale 0.5"),
     "own": (lambda t: None, {"ppd_compose": [1]}, "ppd_compose must be an object"),
+    "own training": (
+        lambda t: None,
+        {"ppd_compose": {"training": "x"}},
+        "config.json: training of ppd_compose must be",
+    ),
     "own base": (lambda t: None, {"ppd_compose": {"base": {"name": "x"}}}, "lacks a field of its base"),
     "own accuracy": (lambda t: None, {"ppd_compose": {"accuracy": [[0.5]]}}, "accuracy must be 2 rows"),
     "own calibration": (lambda t: None, {"ppd_compose": {"calibration": [[0.5]]}}, "calibration must be 2 pairs"),

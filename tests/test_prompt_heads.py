@@ -22,6 +22,7 @@ from ppd_compose import PromptTokens, compose, hookimpl, load_drafter
 from ppd_compose.finish import OutputHead
 from ppd_compose.identity import Identity
 from ppd_compose.packed import can_pack
+from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 
 RECIPE = BesideRecipe(steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1, heads=3, width=8)
@@ -313,6 +314,29 @@ def test_the_command_trains_what_loads_and_writes_a_card(tmp_path):
     assert "| distance | top 1 | top 2 | top 3 | top 5 | top 10 |" in card
     assert str(tmp_path) not in card + (tmp_path / "out" / FACTS).read_text()
     assert torch.equal(greedy(compose(base, made, tokens, budget=16)), greedy(base))
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "name"),
+    [("me/given", "me/own", "me/given"), (None, "me/own", "me/own"), (None, "", "lmsys/vicuna")],
+)
+def test_published_heads_are_saved_with_those_trained_beside_them(tmp_path, given, own, name):
+    """They have neither an identity nor accuracies."""
+    base, tokens = tiny(dtype=torch.float32, eos=60), prompt_tokens()
+    base.config.name_or_path = own
+    MedusaHeads(random_heads(), base_name="lmsys/vicuna").save_pretrained(tmp_path / "published")
+    medusa, asked = load_drafter(tmp_path / "published"), [Prompt((f"{c}abcdefg",)) for c in "hijkl"]
+    train_beside.train_beside(
+        base, tokenizer(), asked, tmp_path / "out", medusa, tokens, RECIPE, base_name=given, held_out=1,
+        reply_tokens=12,
+    )  # fmt: skip
+    made, card = load_drafter(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
+    assert made.identity == replace(Identity.of(base), name=name)
+    assert (made.accuracy, made.prompt_heads.prompt_tokens) == (None, tokens.digest)
+    assert f"# Medusa heads for {name}\n" in card
+    assert "a better one.\n\nNot measured.\n" in card
+    assert "## Training\n\nNot told.\n" in card
+    assert "| distance | top 1 |" in card
 
 
 def test_the_command_names_what_is_neither_heads_nor_prompt_tokens(tmp_path):

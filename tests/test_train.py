@@ -1,6 +1,8 @@
 """Training: the loss and its mask, own replies, determinism, resuming, and a base that stays as it was."""
 
 import json
+import math
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +14,12 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel
 from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
+from transformers import AutoModelForCausalLM
 
 from ppd_compose import PromptTokens, compose, load_drafter, loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
-from ppd_compose.checkpoints import resume
+from ppd_compose.checkpoints import discard, resume
 from ppd_compose.distill import Batch, PromptRows, insertion_mask
 from ppd_compose.identity import weights_digest
 from ppd_compose.plugins import installed
@@ -188,6 +191,34 @@ def test_a_recipe_of_nothing_is_refused(name):
         PromptRecipe(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix": 257}, "prefix must be at most 256, got 257"),
+        ({"num_prompt_tokens": 257}, "num_prompt_tokens is more than 256"),
+        ({"ensemble": 257}, "ensemble is more than 256"),
+        ({"ensemble": 2.0}, r"ensemble must be a whole number of at least 1, got 2\.0"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295, got 4294967296"),
+        ({"seed": 0.5}, r"seed must be a whole number .* got 0\.5"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a finite number above 0, got 0\.0"),
+        ({"learning_rate": -1e-2}, "learning_rate must be a finite number above 0, got -0.01"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"decay": 0.0}, r"decay must be a finite number above 0, got 0\.0"),
+        ({"decay": math.inf}, "decay must be a finite number above 0, got inf"),
+    ],
+)
+def test_a_recipe_that_no_training_can_follow_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PromptRecipe(**settings)
+
+
+def test_a_recipe_at_its_limits_is_followed(tmp_path):
+    limits = {"prefix": 256, "num_prompt_tokens": 256, "ensemble": 256, "seed": 2**32 - 1}
+    assert PromptRecipe(**limits).prefix == 256
+    trained(tiny(dtype=torch.float32), tmp_path, replace(RECIPE, seed=2**32 - 1, steps=1))
+
+
 def test_replies_too_short_to_learn_from(tmp_path):
     with pytest.raises(ValueError, match="none of 1 replies"):
         train_prompt_tokens(tiny(), [Reply([1, 2], [3])], [], RECIPE, tmp_path)
@@ -229,6 +260,34 @@ def test_replies_of_other_settings_are_not_those_without(tmp_path):
     other.generation_config.repetition_penalty, other.generation_config.temperature = None, 0.3
     assert own_replies(other, asked, tmp_path, max_new_tokens=12)[0] == mine  # which no greedy generation heeds
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}}),
+        ("mistral", {"sliding_window": 2}),
+        ("granite", {"logits_scaling": 1e-3, "embedding_multiplier": 0.1}),
+    ],
+)
+def test_replies_of_the_same_weights_with_another_configuration_are_others(tmp_path, family, settings):
+    base, other, asked = tiny(family), tiny(family, **settings), [prompt()[0].tolist()]
+    assert weights_digest(base) == weights_digest(other)
+    mine, theirs = (own_replies(model, asked, tmp_path, max_new_tokens=12)[0] for model in (base, other))
+    whole = other.generate(prompt(), attention_mask=torch.ones(1, 12), max_new_tokens=12, do_sample=False)
+    assert theirs.ids == whole[0].tolist() != mine.ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_was_saved_has_the_same_replies_wherever_it_lies(tmp_path, family):
+    base, asked = tiny(family, attention="eager"), [prompt()[0].tolist()]
+    made = own_replies(base, asked, tmp_path / "replies", max_new_tokens=4)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=base.dtype)
+    again.config.use_cache = False
+    again.config.pad_token_id = 3
+    assert own_replies(again, asked, tmp_path / "replies", max_new_tokens=4) == made
+    assert len(list((tmp_path / "replies").iterdir())) == 1
 
 
 def test_replies_of_one_adapter_are_not_those_of_another(tmp_path):
@@ -299,6 +358,11 @@ def test_replies_that_reach_too_far_are_told(tmp_path):
         ('{"turns": ["a", 3]}', "line 1: needs"),
         ("[1, 2]", "line 1: needs"),
         ('{"prompt": "  "}', "line 1: needs"),
+        ('{"prompt": "a"}\n{"prompt": "cut \\ud83d"}', r"prompts\.jsonl, line 2: .* half of a character"),
+        ('{"turns": ["a", "\\udc00 b"]}', "line 1: .* half of a character"),
+        ('{"prompt": "a", "category": "\\ud83d"}', "line 1: .* half of a character"),
+        ('{"prompt": "a", "id": ' + "7" * 5000 + "}", r"prompts\.jsonl, line 1: not JSON"),
+        ('{"prompt": "a"}\n' + "[" * 100_000 + "]" * 100_000, r"prompts\.jsonl, line 2: not JSON"),
     ],
 )
 def test_a_malformed_prompt_file_names_the_line(tmp_path, text, message):
@@ -396,6 +460,45 @@ def test_a_model_is_not_written_over_and_what_else_is_there_stays(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: give the folder to write"):
         refuse_out(tmp_path / "file", PromptTokens)
+
+
+@pytest.mark.parametrize("place", ["file/x", "file/x/y", "link", "/proc/x"])
+def test_a_place_that_cannot_be_written_is_told_before_replies_are_made(tmp_path, monkeypatch, place):
+    if place.startswith("/") and not os.path.isdir(os.path.dirname(place)):
+        pytest.skip("no such folder here")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cannot be written \(.+\): give another folder"):
+        train_ppd(base, tokenizer(), [Prompt(("ab",))], tmp_path / place, RECIPE, reply_tokens=12)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was_until_something_is(tmp_path):
+    for out in (tmp_path, tmp_path / "a" / "b"):
+        refuse_out(out, PromptTokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_a_kill_cut_off_go_with_the_others(tmp_path):
+    base, asked = tiny(dtype=torch.float32, eos=60), [Prompt((f"{c}abcdefg",)) for c in "hijkl"]
+    cut = [tmp_path / name / ".step-000002.0123" for name in ("run", "whole/.checkpoints")]
+    for each in cut:
+        each.mkdir(parents=True)
+        (each / "model.safetensors").touch()
+    trained(base, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000004", "step-000006"]
+    train_ppd(base, tokenizer(), asked, tmp_path / "whole", replace(RECIPE, steps=1), held_out=1, reply_tokens=12)
+    assert not (tmp_path / "whole" / ".checkpoints").exists()
+
+
+def test_what_a_kill_left_of_checkpoints_is_removed_when_they_have_served(tmp_path):
+    (tmp_path / ".checkpoints" / ".step-000002.0123").mkdir(parents=True)
+    (tmp_path / ".checkpoints" / "step-000004").mkdir()
+    discard(tmp_path / ".checkpoints")
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_are_hidden_and_folders_of_others_stay(tmp_path):

@@ -51,11 +51,13 @@ def read_head(source: str | Path, *, revision: str | None = None, token: str | N
     try:
         identity = Identity(**own["base"]) if own.get("base") else None
         accuracy = tuple(float(share) for share in own.get("accuracy", ()))
+        if not isinstance(training := own.get("training", {}), dict):
+            raise TypeError(f"training must be an object, got {type(training).__name__}")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: a field of {OWN!r} is wrong: {error}") from None
     return Head(
         config, network, tensors.get(EMBEDDING), tensors.get(LM_HEAD), _target_ids(tensors, config, path),
-        identity, accuracy, own.get("training", {}),
+        identity, accuracy, training,
     )  # fmt: skip
 
 

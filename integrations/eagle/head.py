@@ -42,10 +42,9 @@ def write_head(head: Head, folder: Path, *, card: str = "") -> None:
     """Write `head` in the official layout of its version, our facts in the configuration; in the place of one that is
     there whole or not at all.
 
-    Raises `ValueError` when `folder` holds the index of a sharded head, which would be read instead.
+    Raises as `refuse_index`.
     """
-    if (folder / INDEX).exists():
-        raise ValueError(f"{folder} holds {INDEX}, which would be read instead of {TENSORS}: give another folder")
+    refuse_index(folder)
     config, prefix = head.config, "midlayer." if head.config.version == 3 else "layers.0."
     tensors = {prefix + n.removeprefix("layer.") if n.startswith("layer.") else n: t for n, t in head.network.items()}
     tensors |= {n: t for n, t in ((EMBEDDING, head.embedding), (LM_HEAD, head.lm_head)) if t is not None}
@@ -57,6 +56,13 @@ def write_head(head: Head, folder: Path, *, card: str = "") -> None:
             T2D: chosen,
         }
     write_pair(tensors, folder / TENSORS, _plain(head), CONFIG, card)
+
+
+def refuse_index(folder: Path) -> None:
+    """Raise `ValueError` when `folder` holds the index of a sharded head, which would be read instead of one written
+    there."""
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds {INDEX}, which would be read instead of {TENSORS}: give another folder")
 
 
 def _plain(head: Head) -> dict[str, Any]:

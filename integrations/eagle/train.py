@@ -29,7 +29,7 @@ from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from .borrowed import borrow
 from .card import head_card
 from .drafter import EagleHead
-from .head import Head, write_head
+from .head import Head, refuse_index, write_head
 from .initial import EagleRecipe, checked, initial_head
 from .network import DraftNetwork
 from .unroll import Lesson, Student
@@ -101,6 +101,7 @@ def train_eagle(
         start.prepare(base)
         checked(start.head, recipe)  # before replies are made
     begin, checkpoints = time.monotonic(), checkpoints_in(out, EagleHead)
+    refuse_index(out)
     refuse_other_logits(base)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     head = train_head(base, replies, held, recipe, checkpoints, None if start is None else start.head)

@@ -60,9 +60,9 @@ hidden state and the token after it, and tell better what the prompt tokens say:
 
 
 def model_card(made: MedusaHeads) -> str:
-    """Markdown with the Hub's metadata on top. Raises `ValueError` for heads that name no base or no accuracies."""
-    if made.identity is None or made.accuracy is None:
-        raise ValueError("a card names the base and the accuracies: give the heads identity and accuracy")
+    """Markdown with the Hub's metadata on top. Raises `ValueError` for heads that name no base."""
+    if made.identity is None:
+        raise ValueError("a card names the base: give the heads an identity")
     heads = made.heads
     bias = 0 if heads.bias is None else heads.bias.numel()
     return TEMPLATE.format(
@@ -72,10 +72,10 @@ def model_card(made: MedusaHeads) -> str:
         layers=heads.weight.shape[1],
         parameters=heads.weight.numel() + bias,
         entries="all of it" if heads.token_map is None else f"of it the rows of {heads.entries:,} frequent tokens",
-        table=accuracy_table("head", made.accuracy),
+        table="Not measured." if made.accuracy is None else accuracy_table("head", made.accuracy),
         calibrated=_calibrated(made),
         beside=_beside(made),
-        facts=facts_list(made.training),
+        facts=facts_list(made.training) or "Not told.",
         fingerprint=made.identity.fingerprint,
     )
 

@@ -59,8 +59,9 @@ def command(
         )
     loaded = load_base(base, dtype, device)
     made = train_beside(
-        loaded.model, loaded.tokenizer, asked, out, heads, tokens, recipe, held_out=held_out,
-        reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data,
+        loaded.model, loaded.tokenizer, asked, out, heads, tokens, recipe, base_name=loaded.name,
+        held_out=held_out, reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(),
+        data=data,
     )  # fmt: skip
     assert made.prompt_heads is not None
     first = "/".join(f"{row[0]:.2f}" for row in made.prompt_heads.facts["accuracy"])

@@ -56,6 +56,9 @@ def read_folder(source: str | Path, *, revision: str | None = None, token: str |
     own = config.get(OWN, {})
     if not isinstance(own, dict):
         raise ValueError(f"{folder / CONFIG}: {OWN} must be an object, got {type(own).__name__}")
+    training = own.get("training") or {}
+    if not isinstance(training, dict):
+        raise ValueError(f"{folder / CONFIG}: training of {OWN} must be an object, got {type(training).__name__}")
     vocab = config.get("vocab_size")
     if vocab is not None and (not isinstance(vocab, int) or vocab < 1):
         raise ValueError(f"{folder / CONFIG}: vocab_size must be a whole number of at least 1, got {vocab!r}")

@@ -21,6 +21,7 @@ from ppd_compose.checkpoints import discard
 from ppd_compose.distill import Batch as Inserted
 from ppd_compose.distill import last_states
 from ppd_compose.finish import OutputHead
+from ppd_compose.identity import Identity
 from ppd_compose.loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
@@ -53,6 +54,7 @@ def train_beside(
     prompt: PromptTokens,
     recipe: BesideRecipe,
     *,
+    base_name: str | None = None,
     held_out: int = 64,
     reply_tokens: int = 160,
     reply_batch: int = 32,
@@ -61,7 +63,8 @@ def train_beside(
 ) -> MedusaHeads:
     """Train heads that read the tokens of `prompt`, and save them with those of `medusa` to `out`, in bfloat16.
 
-    Both must be of `base`. Replies and checkpoints are kept as `train_medusa` keeps them.
+    Both must be of `base`, which is saved as theirs where `medusa` tells no identity. Replies and checkpoints are kept
+    as `train_medusa` keeps them.
     Raises `ValueError` for what cannot be trained on or written to, and when training diverged.
     """
     begin, checkpoints = time.monotonic(), checkpoints_in(out, MedusaHeads)
@@ -76,11 +79,18 @@ def train_beside(
     heads = replace(heads.to(like), facts={"accuracy": told.accuracy, "training": facts})
     made = MedusaHeads(
         medusa.heads, accuracy=_plain(medusa.accuracy), calibration=_plain(medusa.calibration),
-        identity=medusa.identity, base_name=medusa.base_name, training=medusa.training, prompt_heads=heads,
+        identity=_identity(medusa, base, base_name), training=medusa.training, prompt_heads=heads,
     )  # fmt: skip
     made.save_pretrained(out, card=model_card(made))
     discard(checkpoints)
     return made
+
+
+def _identity(medusa: MedusaHeads, base: PreTrainedModel, name: str | None) -> Identity:
+    """The base that `medusa` belongs to, else `base`, which has been found to fit; published heads tell at most what
+    theirs is called."""
+    own = Identity.of(base)
+    return medusa.identity or replace(own, name=name or own.name or medusa.base_name)
 
 
 def _plain(table: Any) -> Any:
