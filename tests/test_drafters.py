@@ -237,12 +237,32 @@ class Silent(Bigrams):
         return None
 
 
+class WantsTheWholeText(Bigrams):
+    """Takes it that every token came with a hidden state."""
+
+    @hookimpl
+    def hidden_layers(self):
+        return [0]
+
+    @hookimpl
+    def start(self, step):
+        assert len(step.hidden_states[0]) == len(step.ids), "a state is missing"
+
+
+class Breaks(Bigrams):
+    @hookimpl
+    def propose(self, step):
+        raise IndexError("list index out of range")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Leaves, "'bigrams', check 'guesses_at_all': an attribute, hook, flag or weight of the base changed"),
         (Unrooted, "row 0 must be the root"),
         (Silent, "not one node or row in three generations"),
+        (WantsTheWholeText, "'bigrams', check 'goes_on_from_a_cache': a state is missing"),
+        (Breaks, "'bigrams', check 'guesses_at_all': IndexError: list index out of range"),
     ],
 )
 def test_a_drafter_that_is_wrong_fails_with_its_name_and_what_happened(kind, message):
