@@ -1,4 +1,4 @@
-"""Drafters that cope with someone else's checkpoint format or idea, each a plugin that uses public names only.
+"""Drafters that cope with someone else's checkpoint format or idea, each a plugin that the core knows nothing of.
 
-Installed as `ppd_compose.integrations`. The core never imports this package.
+Installed as `ppd_compose.integrations`.
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
-from ppd_compose.lineage import path_log_probs, renumber
+from ppd_compose.lineage import likeliest, path_log_probs, renumber
 from ppd_compose.top import best_tokens, for_host, on_host
 from ppd_compose.tree import NEVER, Floats, Ints, joined
 
@@ -153,8 +153,7 @@ class TokenRecycling:
         if not levels:
             return None
         words, parents, scores = (np.concatenate(column) for column in zip(*levels, strict=True))
-        # A successor claims less than what it follows, so the best of all are closed under parents.
-        best = np.sort(np.argsort(-scores, kind="stable")[:size])
+        best = likeliest(scores, size)
         given = scores - np.concatenate([begun, scores])[parents]
         at = renumber(np.concatenate([np.arange(len(tree)), len(tree) + best]), len(tree) + len(scores))
         return _grafted(tree, words[best], at[parents[best]], given[best])

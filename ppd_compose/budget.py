@@ -33,7 +33,12 @@ LARGEST, MOST_ROWS, MOST_CONTEXTS = 2**20, 2**12, 64  # that are believed
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of one verify forward on one machine, `seconds[context][rows]` at the sizes named."""
+    """Seconds of one verify forward on one machine, `seconds[context][rows]` at the sizes named.
+
+    Raises:
+        ValueError: sizes that do not ascend, from 1 row, or are too large; another shape than theirs; or seconds that
+            are no positive numbers.
+    """
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -58,7 +63,8 @@ class Budget:
 
     @classmethod
     def flat(cls, rows: int) -> Budget:
-        """Every forward of up to `rows` rows costs the same: a fixed size, whatever the machine."""
+        """Every forward of up to `rows` rows costs the same: a fixed size, whatever the machine. Raises `ValueError`
+        for less than one row."""
         if rows < 1:
             raise ValueError(f"a budget needs at least one row, got {rows}")
         return cls((1, rows) if rows > 1 else (1,), (0,), ((1.0, 1.0) if rows > 1 else (1.0,),))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from .tree import Bools, Floats, Ints
@@ -39,6 +40,12 @@ def ancestors(parents: Ints) -> Bools:
         mine[row] = True
         seen.append(mine)
     return np.frombuffer(bytearray().join(seen), bool).reshape(rows, rows)
+
+
+def likeliest(claims: NDArray[np.floating], size: int) -> Ints:
+    """The `size` rows of the highest `claims` `[rows]`, ascending. Where no row claims more than its parent they are
+    closed under parents: of equals the earlier one is taken."""
+    return np.sort((-claims).argsort(kind="stable")[:size])
 
 
 def renumber(kept: Ints, size: int) -> Ints:

@@ -97,7 +97,7 @@ def run(
     facts = {**asdict(recipe), **(also or {}), "processes": processes, "begun_with": _digest(trained, replies)}
     done = resume(accelerator, folder, facts)
     with _progress() as bar:
-        task = bar.add_task("training", total=recipe.steps, completed=done)
+        task = bar.add_task("training", total=recipe.steps, completed=done, loss=math.nan, top1="")
         for number in range(done, recipe.steps):
             taught = step(model, number * processes + accelerator.process_index)
             accelerator.backward(taught.loss)
@@ -214,8 +214,4 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    told = TextColumn("loss {task.fields[loss]:.3f}  top-1 by distance {task.fields[top1]}")
-    bar = Progress(*columns, told)
-    add = bar.add_task
-    bar.add_task = lambda *a, **k: add(*a, loss=math.nan, top1="", **k)  # type: ignore[method-assign]
-    return bar
+    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}  top-1 by distance {task.fields[top1]}"))

@@ -99,11 +99,6 @@ def sparse_trees(accuracy: Floats, rows: int, ensemble: int = 1) -> list[SparseT
     return trees
 
 
-def long_run(trees: Sequence[SparseTree]) -> float:
-    """Tokens that a forward makes in the long run, if accuracies hold and do not depend on each other."""
-    return float(_solved(trees)[0])
-
-
 def _state_values(trees: Sequence[SparseTree]) -> Floats:
     """Tokens that each state is ahead of the state without guesses `[n + 1]`; none is worth less than the one before,
     nor gains more than the one before gained."""
@@ -112,8 +107,8 @@ def _state_values(trees: Sequence[SparseTree]) -> Floats:
 
 
 def _solved(trees: Sequence[SparseTree]) -> Floats:
-    """The long-run tokens a forward, then the values of states 1 ... n, of value = tokens - long run + value of the
-    next state, that of state 0 being 0."""
+    """The long-run tokens a forward, if accuracies hold and do not depend on each other, then the values of states
+    1 ... n, of value = tokens - long run + value of the next state, that of state 0 being 0."""
     states = len(trees)
     moves = np.stack([np.bincount(t.prompts, t.shape.stop_chances(), states) for t in trees])
     tokens = np.array([np.exp(t.shape.log_probs).sum() for t in trees])

@@ -63,10 +63,12 @@ class Stats:
 
     @property
     def tokens_per_forward(self) -> float:
+        """Tokens that a forward made, the prefill counted as one that made the first."""
         return self.tokens / max(self.forwards, 1)
 
     @property
     def rows_per_forward(self) -> float:
+        """Rows that a forward had, appended ones included; a prefill counts as one row."""
         return self.rows / max(self.forwards, 1)
 
     @property

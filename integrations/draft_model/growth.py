@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ppd_compose import TokenTree
-from ppd_compose.lineage import row_depths
+from ppd_compose.lineage import likeliest, row_depths
 from ppd_compose.tree import Floats, Ints
 
 from .reading import ROOT, Ahead
@@ -53,8 +53,7 @@ class Growth:
     def tree(self) -> TokenTree:
         """The likeliest nodes."""
         tree, _ = self._grown()
-        # Stable, and a parent stands before its children: of equals it is taken first.
-        return tree.take(np.sort(np.argsort(-tree.log_probs, kind="stable")[: self.size]))
+        return tree.take(likeliest(tree.log_probs, self.size))
 
     def _grown(self) -> tuple[TokenTree, dict[int, int]]:
         """All nodes, and the rows of those that were looked at."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ppd_compose.lineage import ancestors, renumber, row_depths
+from ppd_compose.lineage import ancestors, likeliest, renumber, row_depths
 from ppd_compose.tree import Ints, TokenTree
 
 from .kept import Kept
@@ -110,8 +110,7 @@ def _settled(scores: list[Claims], best: Ints, size: int) -> bool:
 def _best(known: TokenTree, tokens: Ints, parents: Ints, scores: Claims, size: int) -> TokenTree:
     """`known` and the `size` likeliest of the nodes found, whose numbers go on from those of `known`."""
     claims = scores.astype(np.float64)
-    # Stable, and a parent stands before its children: of equals it is taken first.
-    kept = len(known) + np.sort(np.argsort(-claims, kind="stable")[:size])
+    kept = len(known) + likeliest(claims, size)
     words = np.concatenate([known.tokens, tokens])
     above = np.concatenate([known.parents, parents])
     claimed = np.concatenate([known.log_probs, claims])
