@@ -20,6 +20,7 @@ from rich.table import Table
 from .bench import BASE, Answered, Protocol, WithSettings, best_two, divergence, joined, one_round, summarise
 from .compose import compose
 from .environment import environment
+from .identity import weights_digest
 from .journal import Journal
 from .loading import LoadedBase
 from .storage import write_text
@@ -72,7 +73,8 @@ def bench(
             that was cut off goes on where it stopped; what drafters learnt by then is lost.
         skipped: contenders that do not run here, with the reason.
 
-    Raises `ValueError` without questions, when `out` is a folder, or when what is kept beside it is of another run.
+    Raises `ValueError` without questions, when `out` is a folder, when what is kept beside it is of another run, or
+    where `out` is given and some of the base's weights are not in memory, which tell runs apart.
     """
     if not protocol.questions:
         raise ValueError("no question is left to ask: give more of them")
@@ -81,7 +83,7 @@ def bench(
     made = contenders()
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
-    journal = Journal(kept, _told_apart(provenance, [BASE, *made], protocol))
+    journal = Journal(kept, {} if kept is None else _told_apart(loaded.model, provenance, [BASE, *made], protocol))
     with Progress(console=console) as progress:
         made = _asked(loaded, made, contenders, protocol, journal, progress)
     by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}
@@ -130,11 +132,14 @@ def _joined(journal: Journal, name: str, protocol: Protocol) -> list[Answered]:
     return [joined([answers[number][name] for answers in rounds]) for number in range(len(protocol.questions))]
 
 
-def _told_apart(provenance: Mapping[str, Any], everyone: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+def _told_apart(
+    base: Any, provenance: Mapping[str, Any], everyone: Sequence[str], protocol: Protocol
+) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     asked = [question.ids[0].tolist() for question in protocol.questions]
     return {
         **{name: value for name, value in provenance.items() if name != "date"},
+        "weights": weights_digest(base),  # a fine-tune may have the fingerprint of what it was made from
         "contenders": {name: _files(name) for name in everyone},
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "how": [protocol.rounds, protocol.max_new_tokens, protocol.temperature],

@@ -178,6 +178,11 @@ def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
         with pytest.raises(ValueError, match=rf"answered so far \({what} differ\).*begin anew"):
             bench(loaded, partial(dict, **{name: Slowly(base)}), protocol, command, Console(quiet=True), out)
         assert kept.read_bytes() == before
+    with torch.no_grad():
+        base.lm_head.weight += 1  # the input embeddings are as they were
+    with pytest.raises(ValueError, match=r"answered so far \(weights differ\)"):
+        bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
+    assert kept.read_bytes() == before
     kept.write_text("{\n" + "x\n")
     with pytest.raises(ValueError, match=r"result.json.part is damaged"):
         bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
