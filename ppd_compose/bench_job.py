@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .environment import environment
 from .identity import weights_digest
 from .journal import Journal
 from .loading import LoadedBase
+from .questions import Question
 from .storage import write_text
 from .trace import traced
 
@@ -63,6 +64,7 @@ def bench(
     console: Console,
     out: Path | None = None,
     skipped: Mapping[str, str] | None = None,
+    later: Callable[[], Sequence[Question]] | None = None,
 ) -> dict[str, Any]:
     """Run base and `contenders`, anything with a device and transformers' `generate`; the result as plain data.
 
@@ -72,6 +74,8 @@ def bench(
         out: file that the result is written to, as JSON. Until then finished questions are kept beside it, and a run
             that was cut off goes on where it stopped; what drafters learnt by then is lost.
         skipped: contenders that do not run here, with the reason.
+        later: makes the questions with their later turns, for which the base answers those before; they are asked in
+            place of the protocol's, which are first turns only. Called when all that can be refused has been.
 
     Raises `ValueError` without questions, when `out` is a folder, when what is kept beside it is of another run, or
     where `out` is given and some of the base's weights are not in memory, which tell runs apart.
@@ -84,6 +88,9 @@ def bench(
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
     journal = Journal(kept, {} if kept is None else _told_apart(loaded.model, provenance, [BASE, *made], protocol))
+    if later is not None:
+        protocol = replace(protocol, questions=later())
+    journal.refuse_others([question.ids[0].tolist() for question in protocol.questions])
     with Progress(console=console) as progress:
         made = _asked(loaded, made, contenders, protocol, journal, progress)
     by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}

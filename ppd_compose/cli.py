@@ -186,19 +186,21 @@ def bench(
     from .prompts import read_prompts
     from .questions import questions_from
 
+    prompts = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
     wanted = {"eager": eager, "packed": packed, "compiled": compile, "regions": regions}
     ways = [way for way, asked_for in wanted.items() if asked_for]
-    answer = partial(greedy, loaded.model, max_new_tokens=max_new_tokens) if all_turns else None
-    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
+    ask = partial(questions_from, prompts, loaded.tokenizer, per_category)
+    later = partial(ask, partial(greedy, loaded.model, max_new_tokens=max_new_tokens)) if all_turns else None
+    others = bench_job.plain(loaded, generate_with or [])
 
     def contenders() -> dict[str, Any]:
         listings = {listing: partial(drafters_of, listing) for listing in drafters or ["ppd"]}
-        made = bench_job.composed(loaded, listings, ways or ["eager"], rows)
-        return made | bench_job.plain(loaded, generate_with or [])
+        return bench_job.composed(loaded, listings, ways or ["eager"], rows) | others
 
-    protocol = Protocol(asked, rounds, max_new_tokens, temperature, all_turns)
-    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file)))
+    protocol = Protocol(ask(), rounds, max_new_tokens, temperature, all_turns)
+    told = bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file, later=later)
+    print(json.dumps(told))
 
 
 @app.command()

@@ -188,6 +188,27 @@ def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
         bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
 
 
+def test_later_turns_are_made_when_nothing_is_left_to_refuse_and_are_those_of_the_answers_that_are_kept(tmp_path):
+    base = tiny()
+    loaded, out = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "result.json"
+    first, second, other = (Question(prompt(seed=seed), "qa") for seed in range(3))
+
+    def go(contender, later, into=out):
+        protocol = Protocol([first], 1, 8, all_turns=True)
+        return bench(loaded, lambda: {"slow": contender}, protocol, "command", Console(quiet=True), into, later=later)
+
+    with pytest.raises(ValueError, match="is a folder"):
+        go(Slowly(base), lambda: pytest.fail("answered in vain"), tmp_path)
+    with pytest.raises(CutOff):
+        go(Slowly(base, answers=1 + 2), lambda: [first, second, second])
+    for others in ([first, other, second], [first]):
+        with pytest.raises(ValueError, match=r"result.json.part holds an answer to another question.*begin anew"):
+            go(Slowly(base), partial(list, others))
+    again = Slowly(base)
+    assert go(again, lambda: [first, second, second])["runs"][0]["questions"] == 3
+    assert again.asked == 1 + 1
+
+
 def test_later_turns_follow_the_answers_to_those_before():
     words = tokenizer()
     told = []

@@ -90,6 +90,38 @@ def test_bench_ends_with_one_line_of_json(place, tmp_path):
     assert result["runs"][1]["rows_per_forward"] == 1
 
 
+def test_bench_asks_later_turns_after_the_bases_answers(place, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"category": "qa", "turns": ["abc", "def"]}))
+    told = invoke(
+        "bench", *options(place), "--questions", tmp_path / "chat.jsonl", "--all-turns", "--max-new-tokens", 4,
+        "--drafters", "none", "--rows", 4,
+    )  # fmt: skip
+    result = json.loads(told.stdout.splitlines()[-1])
+    assert (result["protocol"]["all_turns"], result["base"]["questions"]) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drafters", "{}/nothing"], "no folder and no Hub id"),
+        (["--json", "{}"], "is a folder"),
+        (["--json", "{}/begun.json"], "answered so far"),
+        (["--json", "{}/prompts.jsonl/x.json"], "prompts.jsonl"),
+        (["--generate-with", "nonsense"], "no setting of generate"),
+    ],
+)
+def test_bench_refuses_what_it_can_before_the_base_answers_anything(place, tmp_path, monkeypatch, words, message):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"category": "qa", "turns": ["abc", "def"]}))
+    (tmp_path / "begun.json.part").write_text('{"command": "another"}\n')
+    monkeypatch.setattr("ppd_compose.bench.greedy", lambda *a, **k: pytest.fail("answered in vain"))
+    more = [word.replace("{}", str(tmp_path)) for word in words]
+    with pytest.raises((ValueError, OSError), match=message):
+        invoke(
+            "bench", *options(place), "--questions", tmp_path / "prompts.jsonl", "--all-turns",
+            "--drafters", "none", "--rows", 4, *more,
+        )  # fmt: skip
+
+
 @pytest.mark.skipif(not can_pack(tiny(dtype=torch.float32)), reason="torch has no oneDNN here")
 def test_bench_composes_in_every_way_that_is_asked_for(place):
     told = invoke(
