@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ppd_compose import PromptTokens, cli, demo_base, profile
 from ppd_compose import answer as answer_module
 from ppd_compose.identity import Identity
+from ppd_compose.loading import load_base
 from ppd_compose.options import command_line
 from ppd_compose.packed import can_pack
 from ppd_compose.stats import Stats
@@ -239,6 +240,14 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith('---\nbase_model: "base"\n')
     assert str(place) not in card + (out / "adapter_config.json").read_text()
+
+
+def test_a_base_in_the_hubs_cache_or_in_this_folder_is_called_by_its_name(place, tmp_path, monkeypatch):
+    cached = tmp_path / "models--Nice--Base" / "snapshots" / ("0" * 40)
+    shutil.copytree(place / "base", cached)
+    assert load_base(str(cached)).name == "Nice/Base"
+    monkeypatch.chdir(place / "base")
+    assert load_base(".").name == "base"
 
 
 @pytest.mark.parametrize(

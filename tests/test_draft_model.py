@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import string
 
 import pytest
@@ -680,6 +681,16 @@ def test_train_pard_writes_a_folder_that_drafts_here_and_in_vllm(place, tmp_path
     assert all(
         torch.equal(weights[name], value) for name, value in drafter.model.state_dict().items() if name in weights
     )
+
+
+def test_the_card_names_base_and_draft_model_as_they_are_called(place, tmp_path, monkeypatch):
+    cached = tmp_path / "models--Nice--Draft" / "snapshots" / ("0" * 40)
+    shutil.copytree(place / "draft", cached)
+    monkeypatch.chdir(place / "base")
+    trains(place, tmp_path / "out", "--token", "60", "--draft", cached, "--base", ".")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "Nice/Draft"\n')
+    assert "vllm serve base " in card
 
 
 def test_train_pard_goes_on_from_its_own_folder_and_refuses_what_it_cannot_train(place, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
+from ppd_compose.identity import Identity, called
 from ppd_compose.loop import placed
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
@@ -89,7 +90,7 @@ def train_pard(
     accuracy = train_parallel(model, chosen, replies, held, recipe, checkpoints)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
-    names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
+    names = (base_name or Identity.of(base).name, called(folder) if Path(draft).is_dir() else str(draft))
     setattr(model.config, KEYS[0], chosen)
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"
