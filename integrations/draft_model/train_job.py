@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose.checkpoints import discard
 from ppd_compose.identity import Identity, called
 from ppd_compose.loop import placed
+from ppd_compose.paired import writing
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
@@ -111,7 +112,8 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerB
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as name:
         staging = Path(name)
-        model.save_pretrained(staging)
+        with writing(out):
+            model.save_pretrained(staging)
         if not words:
             tokenizer.save_pretrained(staging)
         for path in words:
