@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from .bench import BASE, Answered, Protocol, WithSettings, best_two, divergence, joined, one_round, summarise
 from .compose import compose
@@ -29,6 +32,7 @@ from .trace import traced
 
 SCHEMA = 1
 TRACED = 64  # tokens of one answer that are told with who guessed them
+NARROWEST = 4  # width of a column of numbers, where all may be left out
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}, "regions": {"compile": "regions"},
 }  # fmt: skip
@@ -108,7 +112,7 @@ def bench(
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
     journal.close()
-    console.print(_table(result))
+    _show(_table(result), console)
     return result
 
 
@@ -204,9 +208,9 @@ def _report(
 def _table(result: Mapping[str, Any]) -> Table:
     """A row for each contender: its speed-up by category, tokens a forward, and answers identical to the base's."""
     base, where = result["base"], result["environment"]
-    table = Table(
-        "", *base["by_category"], "all", "tokens/forward", "identical", title=f"{where['model']} {where['dtype']}"
-    )
+    headings = ["", *base["by_category"], "all", "tokens/forward", "identical"]
+    columns = [Column(Text(heading), overflow="fold") for heading in headings]
+    table = Table(*columns, title=Text(f"{where['model']} {where['dtype']}", "table.title"))
     speeds = [*(told["tokens_per_second"] for told in base["by_category"].values()), base["tokens_per_second"]]
     table.add_row("generate, tokens/s", *(f"{speed:.1f}" for speed in speeds))
     table.add_section()
@@ -214,5 +218,17 @@ def _table(result: Mapping[str, Any]) -> Table:
         speedups = [*(told["by_category"][category]["speedup"] for category in base["by_category"]), told["speedup"]]
         forward = f"{told['tokens_per_forward']:.2f}" if told["tokens_per_forward"] else ""
         cells = [*(f"{speedup:.2f}x" for speedup in speedups), forward, f"{told['identical']}/{told['questions']}"]
-        table.add_row(told["name"], *cells)
+        table.add_row(Text(told["name"]), *cells)
     return table
+
+
+def _show(table: Table, console: Console) -> None:
+    """Print `table` with nothing cut: as wide as it needs where that is no terminal; else names and headings fold."""
+    needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+    if not console.is_terminal:
+        table.width = needed
+    elif needed > console.width:
+        table.box, table.collapse_padding, table.pad_edge = SIMPLE_HEAD, True, False
+        for numbers in table.columns[1:]:
+            numbers.width = max(NARROWEST, *(len(str(cell)) for cell in numbers.cells))
+    console.print(table, crop=False)
