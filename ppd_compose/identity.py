@@ -48,7 +48,7 @@ class Identity:
         module: Any = model.get_input_embeddings()
         path = next(name for name, found in model.named_modules() if found is module)
         weight, name = module.weight, str(model.config.name_or_path)
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             name = called(Path(name))  # a folder of one machine tells nobody else anything
         return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
 

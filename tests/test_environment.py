@@ -47,7 +47,7 @@ def test_a_folder_is_called_as_it_is_wherever_one_stands(tmp_path, monkeypatch):
     (tmp_path / "kept").symlink_to(cached)
     (tmp_path / "favourite").symlink_to(mine)
     (mine / "tokenizer").mkdir()
-    names = {".": "mine", "tokenizer/..": "mine", "../kept": "someone/a-model", "../favourite": "favourite"}
+    names = {"": "", ".": "mine", "tokenizer/..": "mine", "../kept": "someone/a-model", "../favourite": "favourite"}
     monkeypatch.chdir(mine)
     for told, name in names.items():
         base.config.name_or_path = told
