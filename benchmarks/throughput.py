@@ -6,6 +6,7 @@ With --json, a run that is cut off goes on where it stopped when the same comman
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ import typer
 from peers import GGUF_NAME, LONGEST, MAKERS, Files, peers, unlearnt
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from ppd_compose import bench_job
 from ppd_compose.bench import Protocol, greedy
@@ -22,7 +24,7 @@ from ppd_compose.loading import load_base
 from ppd_compose.options import AllTurnsOption
 from ppd_compose.packed import can_pack
 from ppd_compose.prompts import read_prompts
-from ppd_compose.questions import questions_from
+from ppd_compose.questions import Question, questions_from
 from ppd_compose.shipped import QUESTIONS
 
 QUICK = {"per_category": 2, "tokens": 48, "rounds": 5}
@@ -51,14 +53,13 @@ def main(
     """Print a table, and as the last line the result as JSON."""
     if quick:
         per_category, tokens, rounds = QUICK["per_category"], QUICK["tokens"], QUICK["rounds"]
+    prompts = read_prompts(questions)
     loaded = load_base(base, dtype, device)
     if int8:
         to_eight_bits(loaded.model)
     listings = drafters or ["ppd+ngram+recycling+lookup"]
     ways = ways or ("packed" if can_pack(loaded.model) else "eager")
     others: dict[str, Any] = {}
-    answer = partial(greedy, loaded.model, max_new_tokens=tokens) if all_turns else None
-    asked = questions_from(read_prompts(questions), loaded.tokenizer, per_category, answer)
     skipped = {}
     for name, made, reason in peers(loaded, chosen(peer), Files(gguf, assistant), bool(temperature)):
         if made is None:
@@ -66,8 +67,10 @@ def main(
             console.print(f"[yellow]skipped {name}:[/] {escape(reason)}", highlight=False)
         else:
             others[name] = made
-    if peer:
-        asked = [question for question in asked if question.ids.shape[1] + tokens <= LONGEST]
+
+    def asked(answer: Callable[[Tensor], list[int]] | None = None) -> list[Question]:
+        made = questions_from(prompts, loaded.tokenizer, per_category, answer)
+        return [question for question in made if not peer or question.ids.shape[1] + tokens <= LONGEST]
 
     def contenders() -> dict[str, Any]:
         makers = {name: partial(drafters_of, name) for name in listings}
@@ -81,8 +84,9 @@ def main(
         f"--dtype {dtype} --device {device}{' --all-turns' if all_turns else ''}{' --int8' if int8 else ''}"
         f"{f' --assistant {Path(assistant).name}' if assistant else ''}"
     )
-    protocol = Protocol(asked, rounds, tokens, temperature, all_turns)
-    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command, console, json_file, skipped)))
+    protocol = Protocol(asked(), rounds, tokens, temperature, all_turns)
+    later = partial(asked, partial(greedy, loaded.model, max_new_tokens=tokens)) if all_turns else None
+    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command, console, json_file, skipped, later)))
 
 
 def to_eight_bits(model: Any) -> None:

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from .bench import BASE, Answered, Protocol, WithSettings, best_two, divergence, joined, one_round, summarise
 from .compose import compose
 from .environment import environment
+from .identity import weights_digest
 from .journal import Journal
 from .loading import LoadedBase
+from .questions import Question
 from .storage import write_text
 from .trace import traced
 
 SCHEMA = 1
 TRACED = 64  # tokens of one answer that are told with who guessed them
+NARROWEST = 4  # width of a column of numbers, where all may be left out
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}, "regions": {"compile": "regions"},
 }  # fmt: skip
@@ -62,6 +68,7 @@ def bench(
     console: Console,
     out: Path | None = None,
     skipped: Mapping[str, str] | None = None,
+    later: Callable[[], Sequence[Question]] | None = None,
 ) -> dict[str, Any]:
     """Run base and `contenders`, anything with a device and transformers' `generate`; the result as plain data.
 
@@ -71,8 +78,11 @@ def bench(
         out: file that the result is written to, as JSON. Until then finished questions are kept beside it, and a run
             that was cut off goes on where it stopped; what drafters learnt by then is lost.
         skipped: contenders that do not run here, with the reason.
+        later: makes the questions with their later turns, for which the base answers those before; they are asked in
+            place of the protocol's, which are first turns only. Called when all that can be refused has been.
 
-    Raises `ValueError` without questions, when `out` is a folder, or when what is kept beside it is of another run.
+    Raises `ValueError` without questions, when `out` is a folder, when what is kept beside it is of another run, or
+    where `out` is given and some of the base's weights are not in memory, which tell runs apart.
     """
     if not protocol.questions:
         raise ValueError("no question is left to ask: give more of them")
@@ -81,7 +91,10 @@ def bench(
     made = contenders()
     provenance = environment(loaded.model, command)
     kept = None if out is None else out.with_name(f"{out.name}.part")
-    journal = Journal(kept, _told_apart(provenance, [BASE, *made], protocol))
+    journal = Journal(kept, {} if kept is None else _told_apart(loaded.model, provenance, [BASE, *made], protocol))
+    if later is not None:
+        protocol = replace(protocol, questions=later())
+    journal.refuse_others([question.ids[0].tolist() for question in protocol.questions])
     with Progress(console=console) as progress:
         made = _asked(loaded, made, contenders, protocol, journal, progress)
     by_name = {name: _joined(journal, name, protocol) for name in [BASE, *made]}
@@ -99,7 +112,7 @@ def bench(
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
     journal.close()
-    console.print(_table(result))
+    _show(_table(result), console)
     return result
 
 
@@ -130,11 +143,14 @@ def _joined(journal: Journal, name: str, protocol: Protocol) -> list[Answered]:
     return [joined([answers[number][name] for answers in rounds]) for number in range(len(protocol.questions))]
 
 
-def _told_apart(provenance: Mapping[str, Any], everyone: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+def _told_apart(
+    base: Any, provenance: Mapping[str, Any], everyone: Sequence[str], protocol: Protocol
+) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     asked = [question.ids[0].tolist() for question in protocol.questions]
     return {
         **{name: value for name, value in provenance.items() if name != "date"},
+        "weights": weights_digest(base),  # a fine-tune may have the fingerprint of what it was made from
         "contenders": {name: _files(name) for name in everyone},
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "how": [protocol.rounds, protocol.max_new_tokens, protocol.temperature],
@@ -192,9 +208,9 @@ def _report(
 def _table(result: Mapping[str, Any]) -> Table:
     """A row for each contender: its speed-up by category, tokens a forward, and answers identical to the base's."""
     base, where = result["base"], result["environment"]
-    table = Table(
-        "", *base["by_category"], "all", "tokens/forward", "identical", title=f"{where['model']} {where['dtype']}"
-    )
+    headings = ["", *base["by_category"], "all", "tokens/forward", "identical"]
+    columns = [Column(Text(heading), overflow="fold") for heading in headings]
+    table = Table(*columns, title=Text(f"{where['model']} {where['dtype']}", "table.title"))
     speeds = [*(told["tokens_per_second"] for told in base["by_category"].values()), base["tokens_per_second"]]
     table.add_row("generate, tokens/s", *(f"{speed:.1f}" for speed in speeds))
     table.add_section()
@@ -202,5 +218,17 @@ def _table(result: Mapping[str, Any]) -> Table:
         speedups = [*(told["by_category"][category]["speedup"] for category in base["by_category"]), told["speedup"]]
         forward = f"{told['tokens_per_forward']:.2f}" if told["tokens_per_forward"] else ""
         cells = [*(f"{speedup:.2f}x" for speedup in speedups), forward, f"{told['identical']}/{told['questions']}"]
-        table.add_row(told["name"], *cells)
+        table.add_row(Text(told["name"]), *cells)
     return table
+
+
+def _show(table: Table, console: Console) -> None:
+    """Print `table` with nothing cut: as wide as it needs where that is no terminal; else names and headings fold."""
+    needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+    if not console.is_terminal:
+        table.width = needed
+    elif needed > console.width:
+        table.box, table.collapse_padding, table.pad_edge = SIMPLE_HEAD, True, False
+        for numbers in table.columns[1:]:
+            numbers.width = max(NARROWEST, *(len(str(cell)) for cell in numbers.cells))
+    console.print(table, crop=False)

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
 
 from .drafters import load_drafter
 from .hub_commands import convert, pull, push
@@ -23,12 +24,17 @@ from .options import (
     AllTurnsOption,
     BaseOption,
     CompileOption,
+    CountOption,
     DeviceOption,
+    DraftersOption,
     DtypeOption,
     LengthOption,
+    ListingOption,
     PackedOption,
+    QuestionsOption,
     RegionsOption,
     RowsOption,
+    VersionOption,
     command_line,
     compiling,
 )
@@ -48,22 +54,17 @@ for command in (push, pull, convert):
     app.command()(command)
 console = Console(stderr=True)
 
+# What the user can mend: the last of packages that files need, the one before of checkpoints on a full disk.
+MENDABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, ImportError)
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 MISTYPED = 2
 UsageError: Any = typer.BadParameter.__base__  # of every mistyped command; typer gives it no public name
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
-ListingOption = Annotated[
-    str, typer.Option("--drafters", help="Names, folders or Hub ids of drafters joined by '+', or 'none'.")
-]
-QuestionsOption = Annotated[
-    Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
-]
-CountOption = Annotated[int | None, typer.Option(min=1, help="Of each category, evenly spread; all when left out.")]
-DraftersOption = Annotated[
-    list[str] | None,
-    typer.Option(help="One composition: drafters joined by '+', or 'none'. Repeatable; 'ppd' when left out."),
-]
+
+@app.callback()
+def common(version: VersionOption = False) -> None:
+    """Options of no command."""
 
 
 def main() -> None:
@@ -75,8 +76,8 @@ def main() -> None:
     except UsageError as error:
         error.show()
         code = MISTYPED
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:  # the last: of what files need
-        console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
+    except MENDABLE as error:
+        console.print(Text.assemble((f"{type(error).__name__}:", "red"), " ", str(error)), soft_wrap=True)
         code = 1
     if code == INTERRUPTED:
         console.print("[yellow]interrupted[/]")
@@ -104,7 +105,7 @@ def demo(
     from .demo import demo as show
 
     loaded = load_base(base, dtype, device)
-    console.print(f"[dim]base: {escape(loaded.origin)}[/]", highlight=False)
+    console.print(Text(f"base: {loaded.origin}", "dim"), soft_wrap=True)
     out = Console(highlight=False)
     way = {"packed": packed and can_pack(loaded.model), "compile": compiling(compile, regions)}
     show(loaded, drafters_of(drafters), question, max_new_tokens, out, way)
@@ -149,10 +150,11 @@ def plugins(drafters: ListingOption = "ppd") -> None:
     table = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
     loaded = composition(drafters_of(drafters), [])
     for name, plugin in loaded.manager.list_name_plugin():
-        table.add_row(name, ", ".join(sorted(loaded.hooks_of(plugin))))
+        table.add_row(Text(name), ", ".join(sorted(loaded.hooks_of(plugin))))
     out = Console()
     out.print(table)
-    out.print("installed drafters: " + ", ".join(f"{n} ({c.__module__}.{c.__name__})" for n, c in installed().items()))
+    kinds = ", ".join(f"{name} ({kind.__module__}.{kind.__name__})" for name, kind in installed().items())
+    out.print(f"installed drafters: {kinds}", markup=False)
 
 
 @app.command()
@@ -186,19 +188,21 @@ def bench(
     from .prompts import read_prompts
     from .questions import questions_from
 
+    prompts = read_prompts(questions or QUESTIONS)
     loaded = load_base(base, dtype, device)
     wanted = {"eager": eager, "packed": packed, "compiled": compile, "regions": regions}
     ways = [way for way, asked_for in wanted.items() if asked_for]
-    answer = partial(greedy, loaded.model, max_new_tokens=max_new_tokens) if all_turns else None
-    asked = questions_from(read_prompts(questions or QUESTIONS), loaded.tokenizer, per_category, answer)
+    ask = partial(questions_from, prompts, loaded.tokenizer, per_category)
+    later = partial(ask, partial(greedy, loaded.model, max_new_tokens=max_new_tokens)) if all_turns else None
+    others = bench_job.plain(loaded, generate_with or [])
 
     def contenders() -> dict[str, Any]:
         listings = {listing: partial(drafters_of, listing) for listing in drafters or ["ppd"]}
-        made = bench_job.composed(loaded, listings, ways or ["eager"], rows)
-        return made | bench_job.plain(loaded, generate_with or [])
+        return bench_job.composed(loaded, listings, ways or ["eager"], rows) | others
 
-    protocol = Protocol(asked, rounds, max_new_tokens, temperature, all_turns)
-    print(json.dumps(bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file)))
+    protocol = Protocol(ask(), rounds, max_new_tokens, temperature, all_turns)
+    told = bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file, later=later)
+    print(json.dumps(told))
 
 
 @app.command()

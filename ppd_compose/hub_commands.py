@@ -61,7 +61,7 @@ def convert(
     revision: RevisionOption = None,
 ) -> None:
     """Write an adapter of the PPD authors' code (hmarkc/ppd-*) as prompt tokens of this project, for a base."""
-    from .identity import Identity
+    from .identity import Identity, called
     from .loading import load_base
     from .prompt import PromptTokens
     from .train_job import refuse_out
@@ -72,5 +72,5 @@ def convert(
         raise ValueError(f"{source} is an adapter of this project already, for {tokens.identity}")
     loaded = load_base(base)
     tokens.prepare(loaded.model)
-    facts = {"converted from": Path(source).name if Path(source).is_dir() else source}
+    facts = {"converted from": called(Path(source)) if Path(source).is_dir() else source}
     PromptTokens(tokens.embeddings, None, Identity.of(loaded.model), facts).save_pretrained(out)

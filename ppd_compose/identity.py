@@ -6,6 +6,7 @@ Knows nothing of adapters; they store an `Identity` and compare.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import warnings
 from collections.abc import Iterable
@@ -47,8 +48,8 @@ class Identity:
         module: Any = model.get_input_embeddings()
         path = next(name for name, found in model.named_modules() if found is module)
         weight, name = module.weight, str(model.config.name_or_path)
-        if Path(name).is_dir():
-            name = _told(Path(name))  # a folder of one machine tells nobody else anything
+        if name and Path(name).is_dir():
+            name = called(Path(name))  # a folder of one machine tells nobody else anything
         return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
 
     @property
@@ -114,12 +115,13 @@ def active_adapters(modules: Iterable[nn.Module | None]) -> list[str]:
     return sorted({" ".join(str(getattr(each, fact, None)) for fact in facts) for each in tuned})
 
 
-def _told(folder: Path) -> str:
+def called(folder: Path) -> str:
     """What a folder's model is called: its repository where it lies in the Hub's cache, else the folder's name."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+    place = folder.resolve()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
+    return Path(os.path.abspath(folder)).name  # a link's own, which somebody chose
 
 
 def fingerprint(weight: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ class Journal:
                 self.rounds[told["round"]][told["question"]] = _answers(told["answers"])
         if path is not None:
             write_text(path, "".join(json.dumps(told) + "\n" for told in begun))  # without a line that was cut off
+
+    def refuse_others(self, questions: Sequence[list[int]]) -> None:
+        """Raise `ValueError` where an answer is kept to another than these `questions`, the token ids of each."""
+        for number, answers in (kept for finished in self.rounds.values() for kept in finished.items()):
+            asked = questions[number] if number < len(questions) else None
+            if any(answer.ids[: answer.prompt_length] != asked for answer in answers.values()):
+                raise ValueError(
+                    f"{self.path} holds an answer to another question {number} than is asked now: later turns follow "
+                    "the base's answers, which are others by now. Remove the file to begin anew"
+                )
 
     def keep(self, turn: int, question: int, answers: Answers) -> None:
         """Take up a question that was finished in round `turn`."""

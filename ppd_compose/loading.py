@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .demo_base import REPO, find_demo_base
+from .identity import called
 from .sources import undamaged
 
 DTYPES = {
@@ -42,7 +43,7 @@ def load_base(source: str, dtype: str = "bfloat16", device: str = "cpu") -> Load
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {error}") from None
-    place, name, origin = source, Path(source).name if Path(source).is_dir() else source, source
+    place, name, origin = source, called(Path(source)) if Path(source).is_dir() else source, source
     if source == "demo":
         found = find_demo_base()
         place, name, origin = str(found.folder), REPO, found.origin

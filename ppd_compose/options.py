@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,28 @@ import typer
 
 from .loading import DTYPES
 
+
+def _tell_version(asked_for: bool) -> None:
+    if asked_for:
+        typer.echo(f"ppd-compose {version('ppd_compose')}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version, and end.")
+]
 BaseOption = Annotated[str, typer.Option(help="Folder or Hub id of the base; 'demo' is SmolLM2-135M-Instruct.")]
+ListingOption = Annotated[
+    str, typer.Option("--drafters", help="Names, folders or Hub ids of drafters joined by '+', or 'none'.")
+]
+DraftersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="One composition: drafters joined by '+', or 'none'. Repeatable; 'ppd' when left out."),
+]
+CountOption = Annotated[int | None, typer.Option(min=1, help="Of each category, evenly spread; all when left out.")]
+QuestionsOption = Annotated[
+    Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
+]
 LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]

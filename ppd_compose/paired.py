@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,25 @@ def write_pair(tensors: Mapping[str, Tensor], place: Path, config: Mapping[str, 
     The tensors come first and the configuration last: a save over another that is cut off leaves one of the two, no
     mixture.
     An empty `card` leaves the one that is there.
+    Raises `OSError` where a file cannot be written.
     """
     every = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = {**config, DIGEST: digest_of(every)}
-    with staged_file(place) as staging:
+    with staged_file(place) as staging, writing(place):
         save_file(every, staging, {"format": "pt", beside: json.dumps(told)})
         _put_in_order(staging)
     if card:
         write_text(place.parent / CARD, card)
     write_text(place.parent / beside, json.dumps(told, indent=2) + "\n")
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Let tensors that cannot be written, on a full disk say, be an `OSError` that names `place`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{place} cannot be written ({error}): make room there, or give another folder") from error
 
 
 def _put_in_order(place: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .bench import greedy
 from .budget import Budget
@@ -60,7 +61,7 @@ def show(told: Mapping[str, Any], console: Console) -> None:
         forwards.add_row(str(rows), *cells)
     stages = Table("stage", "ms a step", title="what a step takes")
     for stage, spent in told["milliseconds_per_step"].items():
-        stages.add_row(stage, f"{spent:.2f}")
+        stages.add_row(Text(stage), f"{spent:.2f}")
     console.print(forwards)
     console.print(stages)
 

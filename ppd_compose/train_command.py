@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import options
 from .loading import load_base
@@ -65,4 +64,4 @@ def command(
         start=start,
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in prompt.accuracy)
-    Console(stderr=True).print(f"adapter in {out}; top-1 by distance {first} on held-out replies")
+    typer.echo(f"adapter in {out}; top-1 by distance {first} on held-out replies", err=True)

@@ -1,8 +1,10 @@
 """What a benchmark says of two answers that differ, and which questions it takes."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import bench_job, compose
-from ppd_compose.bench import Answered, Protocol, best_two, divergence, joined, summarise
+from ppd_compose.bench import Answered, Protocol, WithSettings, best_two, divergence, joined, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
 from ppd_compose.packed import can_pack
@@ -178,9 +180,35 @@ def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
         with pytest.raises(ValueError, match=rf"answered so far \({what} differ\).*begin anew"):
             bench(loaded, partial(dict, **{name: Slowly(base)}), protocol, command, Console(quiet=True), out)
         assert kept.read_bytes() == before
+    with torch.no_grad():
+        base.lm_head.weight += 1  # the input embeddings are as they were
+    with pytest.raises(ValueError, match=r"answered so far \(weights differ\)"):
+        bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
+    assert kept.read_bytes() == before
     kept.write_text("{\n" + "x\n")
     with pytest.raises(ValueError, match=r"result.json.part is damaged"):
         bench(loaded, lambda: {"slow": Slowly(base)}, protocol, "command", Console(quiet=True), out)
+
+
+def test_later_turns_are_made_when_nothing_is_left_to_refuse_and_are_those_of_the_answers_that_are_kept(tmp_path):
+    base = tiny()
+    loaded, out = LoadedBase(base, tokenizer(), "tiny", "here"), tmp_path / "result.json"
+    first, second, other = (Question(prompt(seed=seed), "qa") for seed in range(3))
+
+    def go(contender, later, into=out):
+        protocol = Protocol([first], 1, 8, all_turns=True)
+        return bench(loaded, lambda: {"slow": contender}, protocol, "command", Console(quiet=True), into, later=later)
+
+    with pytest.raises(ValueError, match="is a folder"):
+        go(Slowly(base), lambda: pytest.fail("answered in vain"), tmp_path)
+    with pytest.raises(CutOff):
+        go(Slowly(base, answers=1 + 2), lambda: [first, second, second])
+    for others in ([first, other, second], [first]):
+        with pytest.raises(ValueError, match=r"result.json.part holds an answer to another question.*begin anew"):
+            go(Slowly(base), partial(list, others))
+    again = Slowly(base)
+    assert go(again, lambda: [first, second, second])["runs"][0]["questions"] == 3
+    assert again.asked == 1 + 1
 
 
 def test_later_turns_follow_the_answers_to_those_before():
@@ -207,6 +235,39 @@ def test_what_cannot_be_asked_or_written_is_told_before_anything_is_run(tmp_path
         with pytest.raises(ValueError, match=message):
             bench(loaded, lambda: pytest.fail("made"), Protocol(questions, 1, 8, 0.0), "", Console(quiet=True), out)
     assert not list(tmp_path.iterdir())
+
+
+CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "[rag]:b:")
+LONG = "medusa+ppd+ngram+recycling+exp[lr]+exp[/1] packed"
+
+
+def table(width, **console):
+    """The lines of the table of a benchmark of many categories and a long listing."""
+    base, out = tiny(), StringIO()
+    questions = [Question(prompt(), category) for category in CATEGORIES]
+    loaded = LoadedBase(base, tokenizer(), "tiny", "here")
+    shown = Console(file=out, width=width, **console)
+    bench(loaded, lambda: {LONG: WithSettings(base, {})}, Protocol(questions, 1, 4), "command", shown)
+    lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", out.getvalue()).splitlines()
+    return lines[next(number for number, line in enumerate(lines) if "float64" in line) :]
+
+
+def test_a_table_in_a_file_is_as_wide_as_it_needs():
+    told = table(80)
+    assert {*CATEGORIES, "all", "tokens/forward", "identical"} <= set(re.split(r"\s*[┃│]\s*", told[2]))
+    [row] = [line for line in told if LONG in line]
+    assert "6/6" in row
+    assert row.count("x ") == 7
+
+
+def test_a_table_on_a_narrow_terminal_is_folded_and_nothing_is_cut():
+    told = table(80, force_terminal=True)
+    assert max(map(len, told)) <= 80
+    assert "…" not in "".join(told)
+    first = next(number for number, line in enumerate(told) if line.strip().startswith("medusa"))
+    assert "6/6" in told[first].split()
+    assert sum(word.endswith("x") for word in told[first].split()[1:]) == 7
+    assert "".join("".join(line.split()[:1]) for line in told[first:]).startswith(LONG.split()[0])
 
 
 def test_the_files_of_drafters_are_watched_in_folders_with_spaces_too(tmp_path):

@@ -5,16 +5,19 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_compose import tokenizer
-from tiny import prompt_tokens, tiny
+from tiny import Returns, prompt_tokens, tiny
 from typer.testing import CliRunner
 
-from ppd_compose import PromptTokens, cli, demo_base, profile
+from ppd_compose import PromptTokens, cli, demo_base, load_drafter, profile
 from ppd_compose import answer as answer_module
 from ppd_compose.identity import Identity
+from ppd_compose.loading import load_base
 from ppd_compose.options import command_line
 from ppd_compose.packed import can_pack
 from ppd_compose.stats import Stats
@@ -54,6 +57,14 @@ def test_every_command_has_help():
         assert "Usage" in told.stdout
 
 
+def test_the_version_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ppd-compose {version('ppd_compose')}\n"
+
+
 def test_generate_writes_the_bases_answer(place):
     told = invoke(
         "generate", "abcdef", *options(place), "--drafters", place / "adapter", "--max-new-tokens", 12, "--rows", 8
@@ -88,6 +99,38 @@ def test_bench_ends_with_one_line_of_json(place, tmp_path):
         assert set(run["by_category"]) == {"mt_bench", "qa"}
         assert run["speedup"] == pytest.approx(run["tokens_per_second"] / result["base"]["tokens_per_second"])
     assert result["runs"][1]["rows_per_forward"] == 1
+
+
+def test_bench_asks_later_turns_after_the_bases_answers(place, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"category": "qa", "turns": ["abc", "def"]}))
+    told = invoke(
+        "bench", *options(place), "--questions", tmp_path / "chat.jsonl", "--all-turns", "--max-new-tokens", 4,
+        "--drafters", "none", "--rows", 4,
+    )  # fmt: skip
+    result = json.loads(told.stdout.splitlines()[-1])
+    assert (result["protocol"]["all_turns"], result["base"]["questions"]) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drafters", "{}/nothing"], "no folder and no Hub id"),
+        (["--json", "{}"], "is a folder"),
+        (["--json", "{}/begun.json"], "answered so far"),
+        (["--json", "{}/prompts.jsonl/x.json"], "prompts.jsonl"),
+        (["--generate-with", "nonsense"], "no setting of generate"),
+    ],
+)
+def test_bench_refuses_what_it_can_before_the_base_answers_anything(place, tmp_path, monkeypatch, words, message):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"category": "qa", "turns": ["abc", "def"]}))
+    (tmp_path / "begun.json.part").write_text('{"command": "another"}\n')
+    monkeypatch.setattr("ppd_compose.bench.greedy", lambda *a, **k: pytest.fail("answered in vain"))
+    more = [word.replace("{}", str(tmp_path)) for word in words]
+    with pytest.raises((ValueError, OSError), match=message):
+        invoke(
+            "bench", *options(place), "--questions", tmp_path / "prompts.jsonl", "--all-turns",
+            "--drafters", "none", "--rows", 4, *more,
+        )  # fmt: skip
 
 
 @pytest.mark.skipif(not can_pack(tiny(dtype=torch.float32)), reason="torch has no oneDNN here")
@@ -177,16 +220,19 @@ def test_a_temperature_asks_for_sampling(place, monkeypatch, words, sampling):
     assert given == [sampling]
 
 
-def test_a_package_that_is_missing_is_told_without_a_traceback(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [ImportError("please install gguf"), SafetensorError("I/O error: No space left on device")]
+)
+def test_what_is_missing_or_full_is_told_without_a_traceback(monkeypatch, capsys, error):
     def fails(*_, **__):
-        raise ImportError("please install gguf")
+        raise error
 
     monkeypatch.setattr(cli, "load_base", fails)
     monkeypatch.setattr(sys, "argv", ["ppd-compose", "generate", "abc"])
     with pytest.raises(SystemExit) as exit:
         cli.main()
     assert exit.value.code == 1
-    assert "please install gguf" in "".join(capsys.readouterr())
+    assert f"{type(error).__name__}: {error}" in "".join(capsys.readouterr())
 
 
 def test_plugins_lists_hooks(place):
@@ -207,6 +253,26 @@ def test_train_writes_an_adapter_that_loads(place, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith('---\nbase_model: "base"\n')
     assert str(place) not in card + (out / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["ppd", "medusa", "eagle", "ngram"])
+def test_train_tells_the_folder_as_it_was_given(place, tmp_path, kind):
+    out = tmp_path / ("long" * 20) / "exp[/1]:b:[lr]"
+    steps = [] if kind == "ngram" else ["--steps", 1, "--points", 4]
+    told = invoke(
+        "train", kind, *options(place), "--prompts", place / "prompts.jsonl", "--out", out, "--reply-tokens", 12,
+        "--held-out", 1, *steps,
+    )  # fmt: skip
+    assert f" in {out}; top-1" in told.stderr
+    assert load_drafter(out) is not None
+
+
+def test_a_base_in_the_hubs_cache_or_in_this_folder_is_called_by_its_name(place, tmp_path, monkeypatch):
+    cached = tmp_path / "models--Nice--Base" / "snapshots" / ("0" * 40)
+    shutil.copytree(place / "base", cached)
+    assert load_base(str(cached)).name == "Nice/Base"
+    monkeypatch.chdir(place / "base")
+    assert load_base(".").name == "base"
 
 
 @pytest.mark.parametrize(
@@ -269,6 +335,23 @@ def test_errors_and_questions_are_told_as_they_are(place, monkeypatch, capsys, t
     monkeypatch.undo()
     words = ["demo", *options(place), "--drafters", place / "adapter", "--max-new-tokens", 8, "--question", text]
     assert text in invoke(*words).stdout
+
+
+def test_errors_are_one_line_however_long_and_whatever_is_in_them(monkeypatch, capsys):
+    text = f"{'a long way ' * 30}to cuda:b: [/x] \\"
+    monkeypatch.setattr(sys, "argv", ["ppd-compose", "plugins"])
+    monkeypatch.setattr(cli, "load_drafter", lambda source: (_ for _ in ()).throw(ValueError(text)))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == f"ValueError: {text}\n"
+
+
+def test_drafters_of_any_name_are_listed_and_profiled(place, monkeypatch):
+    named = Returns(None, name="mine[/1]")
+    monkeypatch.setattr(cli, "load_drafter", lambda source: named)
+    assert "mine[/1]" in invoke("plugins", "--drafters", "x").stdout
+    words = ["--questions", place / "prompts.jsonl", "--drafters", "x", "--max-new-tokens", 4]
+    assert "propose mine[/1]" in invoke("profile", *options(place), *words).stderr
 
 
 @pytest.mark.parametrize("words", [("bench", "--per-category", 0), ("train", "ngram", "--reply-batch", -1)])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import string
 
 import pytest
@@ -12,6 +13,7 @@ from ppd_compose.integrations.draft_model.growth import Growth
 from ppd_compose.integrations.draft_model.reading import Ahead, Reading
 from ppd_compose.integrations.draft_model.shared import choose_token
 from ppd_compose.integrations.draft_model.train import ParallelDraft, PardRecipe, evaluate, make_batch, train_parallel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_compose import tokenizer
 from test_train import replies
@@ -19,7 +21,7 @@ from tiny import VOCAB, continuing, prompt, prompt_tokens, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ppd_compose import PromptTokens, cli, compose, hookimpl, load_drafter
@@ -680,6 +682,28 @@ def test_train_pard_writes_a_folder_that_drafts_here_and_in_vllm(place, tmp_path
     assert all(
         torch.equal(weights[name], value) for name, value in drafter.model.state_dict().items() if name in weights
     )
+
+
+def test_the_card_names_base_and_draft_model_as_they_are_called(place, tmp_path, monkeypatch):
+    cached = tmp_path / "models--Nice--Draft" / "snapshots" / ("0" * 40)
+    shutil.copytree(place / "draft", cached)
+    monkeypatch.chdir(place / "base")
+    out = tmp_path / "out[/1]:b:"
+    told = trains(place, out, "--token", "60", "--draft", cached, "--base", ".")
+    assert f"draft model in {out}, shared prompt token 60" in told.stderr
+    card = (out / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "Nice/Draft"\n')
+    assert "vllm serve base " in card
+
+
+def test_a_draft_model_that_does_not_fit_on_the_disk_is_told_with_its_folder(place, tmp_path, monkeypatch):
+    def full(model, folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"out cannot be written .*No space left"):
+        trains(place, tmp_path / "out", "--token", "60")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".checkpoints"]
 
 
 def test_train_pard_goes_on_from_its_own_folder_and_refuses_what_it_cannot_train(place, tmp_path):

@@ -36,3 +36,19 @@ def test_a_base_in_the_hubs_cache_is_called_by_its_repository(tmp_path):
     assert Identity.of(base).name == "someone/a-model"
     base.config.name_or_path = str(tmp_path / "models--someone--a-model")
     assert Identity.of(base).name == "models--someone--a-model"
+
+
+def test_a_folder_is_called_as_it_is_wherever_one_stands(tmp_path, monkeypatch):
+    base = tiny()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    cached = tmp_path / "models--someone--a-model" / "snapshots" / ("0" * 40)
+    cached.mkdir(parents=True)
+    (tmp_path / "kept").symlink_to(cached)
+    (tmp_path / "favourite").symlink_to(mine)
+    (mine / "tokenizer").mkdir()
+    names = {"": "", ".": "mine", "tokenizer/..": "mine", "../kept": "someone/a-model", "../favourite": "favourite"}
+    monkeypatch.chdir(mine)
+    for told, name in names.items():
+        base.config.name_or_path = told
+        assert Identity.of(base).name == name

@@ -293,26 +293,28 @@ def test_the_command_trains_what_loads_and_writes_a_card(tmp_path):
     MedusaHeads(random_heads(token_map=FEW), accuracy=accuracy, identity=identity).save_pretrained(tmp_path / "medusa")
     app = typer.Typer()
     app.command()(command)
+    out = tmp_path / "out[/1]"
     words = [
         "--base", tmp_path / "base", "--dtype", "float32", "--prompts", tmp_path / "prompts.jsonl",
-        "--medusa", tmp_path / "medusa", "--ppd", tmp_path / "ppd", "--out", tmp_path / "out", "--steps", 3,
+        "--medusa", tmp_path / "medusa", "--ppd", tmp_path / "ppd", "--out", out, "--steps", 3,
         "--reply-tokens", 12, "--points", 4, "--held-out", 1, "--batch-size", 2, "--width", 8,
     ]  # fmt: skip
     told = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
     assert told.exit_code == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert f"heads in {out}; top-1 by distance" in told.stderr
+    assert {path.name for path in out.iterdir()} == {
         "README.md",
         "config.json",
         files.HEADS,
         TENSORS,
         FACTS,
     }
-    made, tokens = load_drafter(tmp_path / "out"), load_drafter(tmp_path / "ppd")
+    made, tokens = load_drafter(out), load_drafter(tmp_path / "ppd")
     assert made.prompt_heads.up.dtype == torch.bfloat16
     assert made.prompt_heads.prompt_tokens == tokens.digest
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert "| distance | top 1 | top 2 | top 3 | top 5 | top 10 |" in card
-    assert str(tmp_path) not in card + (tmp_path / "out" / FACTS).read_text()
+    assert str(tmp_path) not in card + (out / FACTS).read_text()
     assert torch.equal(greedy(compose(base, made, tokens, budget=16)), greedy(base))
 
 

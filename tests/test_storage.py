@@ -1,4 +1,4 @@
-"""Who may read what is saved."""
+"""Who may read what is saved, where it is kept, and what a full disk leaves."""
 
 import os
 import stat
@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import prompt_tokens, tiny
 
+from ppd_compose import PromptTokens
+from ppd_compose.identity import Identity
 from ppd_compose.storage import cache_folder
 
 
@@ -33,3 +36,20 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.setenv("PPD_COMPOSE_HOME", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache_folder() == Path.home() / ".cache" / "ppd_compose"
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_what_was_there(tmp_path):
+    resource = pytest.importorskip("resource")
+    tokens = prompt_tokens()
+    tokens.identity = Identity.of(tiny())
+    tokens.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+    try:
+        with pytest.raises(OSError, match=r"adapter_model.safetensors cannot be written .*another folder"):
+            tokens.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert PromptTokens.from_pretrained(tmp_path).identity == tokens.identity

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppd_compose import options
 from ppd_compose.loading import load_base
@@ -65,6 +64,5 @@ def command(
         command=options.command_line(), data=data,
     )  # fmt: skip
     first = "/".join(f"{share:.2f}" for share in made.accuracy)
-    Console(stderr=True).print(
-        f"draft model in {out}, shared prompt token {made.token}; top-1 by distance {first} on held-out replies"
-    )
+    told = f"draft model in {out}, shared prompt token {made.token}; top-1 by distance {first} on held-out replies"
+    typer.echo(told, err=True)

@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
+from ppd_compose.identity import Identity, called
 from ppd_compose.loop import placed
+from ppd_compose.paired import writing
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
@@ -89,7 +91,7 @@ def train_pard(
     accuracy = train_parallel(model, chosen, replies, held, recipe, checkpoints)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
-    names = (base_name or str(base.config.name_or_path), folder.name if Path(draft).is_dir() else str(draft))
+    names = (base_name or Identity.of(base).name, called(folder) if Path(draft).is_dir() else str(draft))
     setattr(model.config, KEYS[0], chosen)
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"
@@ -110,7 +112,8 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerB
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as name:
         staging = Path(name)
-        model.save_pretrained(staging)
+        with writing(out):
+            model.save_pretrained(staging)
         if not words:
             tokenizer.save_pretrained(staging)
         for path in words:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppd_compose import options
 from ppd_compose.loading import load_base
@@ -61,4 +60,4 @@ def command(
         reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data, start=start,
     )  # fmt: skip
     shares = "/".join(f"{share:.2f}" for share in drafter.head.accuracy)
-    Console(stderr=True).print(f"head in {out}; top-1 by depth {shares} on held-out replies")
+    typer.echo(f"head in {out}; top-1 by depth {shares} on held-out replies", err=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppd_compose import options
 from ppd_compose.loading import load_base
@@ -53,4 +52,4 @@ def command(
         reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data,
     )  # fmt: skip
     first = "/".join(f"{row[0]:.2f}" for row in made.accuracy) if made.accuracy is not None else ""
-    Console(stderr=True).print(f"heads in {out}; top-1 by head {first} on held-out replies")
+    typer.echo(f"heads in {out}; top-1 by head {first} on held-out replies", err=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppd_compose import options
 from ppd_compose.loading import load_base
@@ -65,4 +64,4 @@ def command(
     )  # fmt: skip
     assert made.prompt_heads is not None
     first = "/".join(f"{row[0]:.2f}" for row in made.prompt_heads.facts["accuracy"])
-    Console(stderr=True).print(f"heads in {out}; top-1 by distance {first} on held-out replies")
+    typer.echo(f"heads in {out}; top-1 by distance {first} on held-out replies", err=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppd_compose import options
 from ppd_compose.loading import load_base
@@ -40,4 +39,4 @@ def command(
         loaded.model, loaded.tokenizer, asked, out, recipe, base_name=loaded.name, held_out=held_out,
         reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(), data=data,
     )  # fmt: skip
-    Console(stderr=True).print(f"table in {out}; top-1 {made.accuracy[0]:.2f} on held-out replies")
+    typer.echo(f"table in {out}; top-1 {made.accuracy[0]:.2f} on held-out replies", err=True)
