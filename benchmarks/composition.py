@@ -60,7 +60,7 @@ class Rooted:
 
     @hookimpl
     def start(self, step: Any, model: Any) -> None:
-        self.drafter.start(step=step)
+        self.drafter.start(step=step, model=model)
 
     @hookimpl
     def propose(self, step: Any) -> Any:

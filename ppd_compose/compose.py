@@ -48,9 +48,10 @@ def compose(
             first generation, then kept in the user's cache), at most so many when an integer, or a `Budget`.
         plugins: other objects with hooks, none that drafts: another `merge`, `fit` or `accept`, an observer.
         packed: keep the weights of linear layers a second time, laid out for the CPU's kernels: the same results,
-            up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. Weights
-            that are written later by way of `.data` are not seen. On a CPU that does not multiply in half precision,
-            such as one without AVX-512, only this or `compile` makes several rows cheap for a base that is in it.
+            up to rounding, sooner, for as much memory again as those weights. Those of draft heads likewise. What is
+            written to the weights later is seen at the next generation, by a few numbers of each. On a CPU that does
+            not multiply in half precision, such as one without AVX-512, only this or `compile` makes several rows
+            cheap for a base that is in it.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
             minutes, or a good part of one when compiled before on this machine; see `warmup`. "regions" compiles layers
             that are alike once: sooner and in less memory, while each forward takes a millisecond longer. On one CUDA
