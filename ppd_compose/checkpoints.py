@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from .paired import writing
 from .storage import staged_folder
 
 KEPT = 2  # the newest, and one before it
@@ -22,10 +23,10 @@ CUT_OFF = ".step-*"  # what a process that was killed did not write to the end
 
 def checkpoint(accelerator: Accelerator, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
     """Write the checkpoint of `step`, by the main process, and remove older ones and what was cut off; `facts` decide
-    what comes out."""
+    what comes out. Raises `OSError` where it cannot be written."""
     target = folder / f"step-{step:06}"
     if accelerator.is_main_process and not target.exists():
-        with staged_folder(target) as staging:
+        with staged_folder(target) as staging, writing(target):
             accelerator.save_state(str(staging))
             (staging / "recipe.json").write_text(json.dumps(facts), encoding="utf-8")
         for old in [*_in_order(folder)[:-KEPT], *folder.glob(CUT_OFF)]:

@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 
 from .drafters import load_drafter
 from .hub_commands import convert, pull, push
@@ -54,8 +53,7 @@ for command in (push, pull, convert):
     app.command()(command)
 console = Console(stderr=True)
 
-# What the user can mend: the last of packages that files need, the one before of checkpoints on a full disk.
-MENDABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, ImportError)
+MENDABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError)  # the last: of packages that files need
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 MISTYPED = 2
 UsageError: Any = typer.BadParameter.__base__  # of every mistyped command; typer gives it no public name

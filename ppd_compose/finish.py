@@ -84,8 +84,9 @@ def refuse_other_logits(model: PreTrainedModel) -> None:
     with evaluating(model) if model.training else nullcontext():
         ids = torch.tensor([[0, 1]], device=model.device)
         out: Any = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-    mine, theirs = OutputHead.of(model)(out.hidden_states[-1]), out.logits.float()
-    if bool(((mine - theirs).abs().max() > FAR * theirs.abs().max()).any()):
+    head = OutputHead.of(model)
+    mine, theirs = head(out.hidden_states[-1].to(head.weight)), out.logits.float().to(head.weight.device)
+    if (mine - theirs).abs().max() > FAR * theirs.abs().max():
         raise ValueError(
             f"the logits of {type(model).__name__} are not those that its output head makes of its last hidden states, "
             "so draft heads that use it would guess wrongly: take heads with output heads of their own, or others"

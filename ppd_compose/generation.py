@@ -48,7 +48,7 @@ class Composed:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A model of the base's own class, as of `type(model).from_pretrained(...)`: only `compose` composes."""
-        return cls.__bases__[1](*args, **kwargs)
+        return next(kind for kind in cls.__mro__ if not issubclass(kind, Composed))(*args, **kwargs)
 
     @torch.no_grad()
     def generate(

@@ -9,7 +9,6 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from test_compose import tokenizer
 from tiny import Returns, prompt_tokens, tiny
 from typer.testing import CliRunner
@@ -220,19 +219,16 @@ def test_a_temperature_asks_for_sampling(place, monkeypatch, words, sampling):
     assert given == [sampling]
 
 
-@pytest.mark.parametrize(
-    "error", [ImportError("please install gguf"), SafetensorError("I/O error: No space left on device")]
-)
-def test_what_is_missing_or_full_is_told_without_a_traceback(monkeypatch, capsys, error):
+def test_what_is_missing_is_told_without_a_traceback(monkeypatch, capsys):
     def fails(*_, **__):
-        raise error
+        raise ImportError("please install gguf")
 
     monkeypatch.setattr(cli, "load_base", fails)
     monkeypatch.setattr(sys, "argv", ["ppd-compose", "generate", "abc"])
     with pytest.raises(SystemExit) as exit:
         cli.main()
     assert exit.value.code == 1
-    assert f"{type(error).__name__}: {error}" in "".join(capsys.readouterr())
+    assert "ImportError: please install gguf" in "".join(capsys.readouterr())
 
 
 def test_plugins_lists_hooks(place):

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState, cpu_offload
+from accelerate import Accelerator, PartialState, cpu_offload
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
 from transformers import AutoModelForCausalLM
@@ -499,6 +500,16 @@ def test_what_a_kill_left_of_checkpoints_is_removed_when_they_have_served(tmp_pa
     (tmp_path / ".checkpoints" / "step-000004").mkdir()
     discard(tmp_path / ".checkpoints")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_finds_no_room_is_told_by_its_place(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"step-\d+ cannot be written \(No space left on device\): make room"):
+        trained(tiny(dtype=torch.float32), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_checkpoints_are_hidden_and_folders_of_others_stay(tmp_path):
