@@ -21,7 +21,7 @@ from .modes import beside
 from .regions import Run, Unfit, in_regions, run_layers
 
 # What dynamo's guards on modules would look at before every forward, a twentieth of its time.
-UNGUARDED = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
+UNGUARDED = torch.compiler.skip_guard_on_all_nn_modules_unsafe
 # Rounded between operations as an eager forward rounds: in half precision the base's tokens are at stake. Never within
 # graphs of the device by inductor: it is us who record them.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "triton.cudagraphs": False}
@@ -46,12 +46,11 @@ def compiled(model: Any, regions: bool = False) -> Callable[..., Any]:
 def _ways(model: Any, key: Hashable, regions: bool) -> Iterator[tuple[Hashable, Callable[..., Any]]]:
     """The ways to compute a forward, and how to tell them apart, the best first."""
     forward = type(model).forward
-    if regions and UNGUARDED and ("regions", key) not in _refused:
+    if regions and ("regions", key) not in _refused:
         regional = in_regions(model, parts, partial(_region, model))
         if regional is not None:
             yield ("regions", key), partial(forward, regional)
-    if UNGUARDED:
-        yield ("whole", key), partial(_told, _graph(_own(forward), ("whole", key), model), model)
+    yield ("whole", key), partial(_told, _graph(_own(forward), ("whole", key), model), model)
     # Pieces are shared by the layers that call the same code, so they have to look at the layer.
     yield ("pieces", key), partial(_told, _in_pieces(_own(forward), ("pieces", key)), model)
 
