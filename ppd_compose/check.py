@@ -93,13 +93,18 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
     return appended
 
 
+def is_huge(states: Tensor) -> bool:
+    """Whether `states` hold NaN or values beyond `HUGE`, with which a forward may make NaN."""
+    return not bool((states.detach().float().abs() <= HUGE).all())
+
+
 def check_embeddings(embeddings: Tensor, drafter: str, width: int) -> None:
-    """Raise `MalformedDraft` naming `drafter` when its `embeddings` `[kinds, hidden]` are of another width, or hold
-    numbers with which a forward may make NaN, of which rows that see nothing of them get some too."""
+    """Raise `MalformedDraft` naming `drafter` when its `embeddings` `[kinds, hidden]` are of another width, or huge: of
+    NaN rows that see nothing of it get some too."""
     who = f"drafter {drafter!r}"
     if embeddings.shape[1] != width:
         raise MalformedDraft(who, f"embeddings must be {width} wide, as the model's are, got {embeddings.shape[1]}")
-    if not bool((embeddings.detach().float().abs() <= HUGE).all()):
+    if is_huge(embeddings):
         raise MalformedDraft(who, f"embeddings hold NaN or values beyond {HUGE:g}")
 
 

@@ -73,8 +73,10 @@ class Drafting:
             if step.room <= step.budget.max_rows:
                 tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
             fitted = self.hook.fit(step=step, tree=tree, appended=blocks)
-            names = [name for name, drafter, _ in self.appenders if drafter in appended]
-            tree, cut = check_fitted(fitted, step, names) if self.checks_fitted else fitted
+            if self.checks_fitted:
+                names = [name for name, drafter, _ in self.appenders if drafter in appended]
+                fitted = check_fitted(fitted, step, names)
+            tree, cut = fitted
         return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
 
     def observe(self, step: Step, logits: Tensor) -> None:

@@ -117,14 +117,10 @@ def look_again(model: nn.Module) -> None:
     """Forget what was packed of the weights of `model` where a look at a few numbers of each tells that any of them was
     written since: neither fused optimisers nor PEFT, which merges by way of `.data`, leave another trace."""
     tensors = {id(tensor): tensor for tensor in model.parameters()}
-    mine = [(key, pack) for key, pack in list(_packs.items()) if not tensors.keys().isdisjoint(key)]
-    if any(
-        _look(tensors[one]) != look
-        for key, pack in mine
-        for one, look in zip(key, pack.looks, strict=True)
-        if one in tensors
-    ):
-        for key, _ in mine:
+    mine = {key: pack for key, pack in list(_packs.items()) if not tensors.keys().isdisjoint(key)}
+    seen = (pair for key, pack in mine.items() for pair in zip(key, pack.looks, strict=True) if pair[0] in tensors)
+    if any(_look(tensors[one]) != look for one, look in seen):
+        for key in mine:
             _packs.pop(key, None)
 
 

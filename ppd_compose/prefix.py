@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .cache import whole_context, with_cache
-from .check import HUGE, MalformedDraft
+from .check import HUGE, MalformedDraft, is_huge
 from .identity import LARGEST
 from .modes import evaluating
 
@@ -45,7 +45,7 @@ def as_prefix(given: object) -> Tensor:
 def refuse_huge(states: Tensor, what: str) -> None:
     """Raise `ValueError` for numbers with which a forward may make NaN, of which rows that see nothing of them get some
     too."""
-    if not (states.float().abs() <= HUGE).all():
+    if is_huge(states):
         raise ValueError(f"{what} NaN or values beyond {HUGE:g}: the file is damaged or training diverged")
 
 

@@ -84,24 +84,21 @@ def refuse_out(out: Path, kind: Any, mark: str = MARK) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give the folder to write")
     refuse_unwritable(out)
-    if (out / CONFIG).is_file() and "model_type" in (told := read_object(out / CONFIG)) and mark not in told:
+    held = {name: read_object(out / name) for name in CONFIGS if (out / name).is_file()}
+    if "model_type" in (told := held.get(CONFIG, {})) and mark not in told:
         raise ValueError(
             f"{out} holds a model ({told['model_type']}), which would be written over: give another folder"
         )
-    _refuse_adapters(out)
-    config = next((name for name in CONFIGS if (out / name).is_file()), None)
-    if config is not None and not kind.recognises(read_object(out / config), {path.name for path in out.iterdir()}):
+    if ADAPTER in held and (peft := held[ADAPTER].get("peft_type")) != "PPD":
+        raise ValueError(
+            f"{out} holds an adapter of another kind ({peft or 'no peft_type'}), which would be written over: give "
+            "another folder"
+        )
+    config = next(iter(held), None)
+    if config is not None and not kind.recognises(held[config], {path.name for path in out.iterdir()}):
         raise ValueError(
             f"{out} holds another kind of drafter, by its {config}, which would be written over or read in place of "
             "the new one: give another folder"
-        )
-
-
-def _refuse_adapters(out: Path) -> None:
-    if (out / ADAPTER).is_file() and (kind := read_object(out / ADAPTER).get("peft_type")) != "PPD":
-        raise ValueError(
-            f"{out} holds an adapter of another kind ({kind or 'no peft_type'}), which would be written over: give "
-            "another folder"
         )
 
 
