@@ -2,99 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from speeds import chart, composed, each, load, pairs, speeds
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
-NONE = "none"  # forwards as they are, without any drafter
-BEHIND = ("each", "pairs", "subsets", "sweep", "ablation", "training")
-NAMES = {README: ("chart", "composed", "exactness"), MORE: BEHIND}
+MEMORY = {
+    "float32, AVX2": "memory-float32", "bfloat16, AVX2": "memory-kept",
+    "bfloat16, AVX-512, compiled in the process": "memory-mapped",
+    "the same, converted as it was loaded": "memory",
+}  # fmt: skip
+BEHIND = ("chart", "composed", "each", "pairs", "subsets", "sweep", "ablation", "training")
+NAMES = {README: ("speeds", "exactness", "memory"), MORE: BEHIND}
 
 
-def load(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def contenders(name: str, forwards: str, pairs: bool = False) -> str:
-    """Drafters and compositions in one run, with these `forwards`; `pairs` of drafters too."""
-    result = load(name)
-    categories = list(result["base"]["by_category"])
-    lines = [
-        f"{_where(result)}; {result['base']['questions']} Spec-Bench questions, greedy, {forwards}; generate alone "
-        f"{result['base']['tokens_per_second']:.1f} tokens/s.",
-        "",
-        "| contender | tokens/s | identical | tokens per forward | expected | rows | host ms | "
-        + " | ".join(categories)
-        + " | **all** |",
-        "|---" * (len(categories) + 8) + "|",
-    ]
-    for told in (run for run in result["runs"] if pairs or not _is_pair(run["name"])):
-        speeds = [f"{told['by_category'][category]['speedup']:.2f}" for category in categories]
-        figures = ["", "", "", ""]
-        if told["tokens_per_forward"]:
-            figures = [
-                f"{told['tokens_per_forward']:.2f}",
-                f"{told['expected_per_forward']:.2f}",
-                f"{told['rows_per_forward']:.1f}",
-                f"{told['host_ms_per_step']:.1f}",
-            ]
-        figures = [f"{told['tokens_per_second']:.1f}", f"{told['identical']}/{told['questions']}", *figures]
-        lines.append(f"| {_called(told)} | {' | '.join([*figures, *speeds])} | **{told['speedup']:.2f}** |")
+def memory() -> str:
+    """Peak memory over that of plain generate, by dtype, machine and way of computing forwards."""
+    ways = ("eager", "packed", "compiled", "regions")
+    lines = ["| peak memory over `generate` | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    for called, name in MEMORY.items():
+        ratios = load(name)["ratios"]
+        lines.append(f"| {called} | " + " | ".join(_more(ratios.get(way)) for way in ways) + " |")
     return "\n".join(lines)
 
 
-def each() -> str:
-    """Every drafter alone and with prompt tokens, and compositions."""
-    return contenders("spec-bench-60", "compiled against eager generate", pairs=True)
-
-
-def pairs() -> str:
-    """Speed-up of every pair of drafters, and of each alone, with compiled forwards."""
-    speeds = {}
-    for run in load("complete")["runs"]:
-        listing, _, way = run["name"].partition(" ")
-        if way == "compiled":
-            speeds[frozenset(listing.split("+"))] = run["speedup"]
-    names = [name for drafters in speeds if len(drafters) == 1 for name in drafters if name != NONE]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for mine in names:
-        cells = [f"{speeds[frozenset([mine, other])]:.2f}" for other in names[: names.index(mine) + 1]]
-        lines.append(f"| {mine} | " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
-    return "\n".join(lines)
-
-
-def _called(run: Any) -> str:
-    return str(run["name"]).replace(NONE, "no drafter")
-
-
-def _is_pair(name: str) -> bool:
-    return name.count("+") == 1
-
-
-def chart() -> str:
-    """Speed-ups over eager generate, with compiled forwards and of others, as a chart that Markdown viewers draw."""
-    ranked = sorted((run for run in load("complete")["runs"] if not _is_pair(run["name"])), key=lambda r: -r["speedup"])
-    names = ", ".join(f'"{_called(run).removesuffix(" compiled")}"' for run in ranked)
-    speeds = ", ".join(f"{run['speedup']:.2f}" for run in ranked)
-    return "\n".join(
-        [
-            "```mermaid",
-            "xychart-beta horizontal",
-            '    title "Tokens per second over those of generate"',
-            f"    x-axis [{names}]",
-            '    y-axis "times as fast" 0 --> 4',
-            f"    bar [{speeds}]",
-            "```",
-        ]
-    )
-
-
-def composed() -> str:
-    """Drafters alone and composed, with compiled forwards, and other projects' decoders."""
-    return contenders("complete", "compiled against eager generate")
+def _more(ratio: float | None) -> str:
+    return "" if ratio is None else f"{100 * (ratio - 1):+.0f} %"
 
 
 def subsets() -> str:
@@ -168,17 +103,9 @@ def _of_forwards(told: dict[str, float]) -> float:
     return tokens / (tokens / told["tokens_per_second"] - told["host_ms_per_step"] / 1000)
 
 
-def _where(result: dict[str, Any]) -> str:
-    where = result["environment"]
-    return (
-        f"{where['base'].split('/')[-1]}, {where['dtype']}, {where['device']}, {where['threads']} threads, "
-        f"torch {where['versions']['torch'].split('+')[0]}, transformers {where['versions']['transformers']}"
-    )
-
-
 def exactness() -> str:
     """What was compared with plain generate, and what came of it."""
-    full, sampling, memory = load("specbench-float32")["runs"], load("distribution"), load("memory")
+    full, sampling, sizes = load("specbench-float32")["runs"], load("distribution"), load("memory")
     host = load("host")
     told = ", ".join(f"{run['identical']} of {run['questions']} identical with {run['name']}" for run in full)
     gaps = [d["gap"] for run in full for d in run["divergences"]]
@@ -186,7 +113,6 @@ def exactness() -> str:
     stages = {kind: host[kind]["milliseconds"]["host"] for kind in ("narrow", "smollm2")}
     half = {run["name"]: run for run in load("specbench-bfloat16")["runs"]}
     worst = max(d["gap"] for run in half.values() for d in run["divergences"])
-    peaks = ", ".join(f"{kind} {100 * (r - 1):+.1f} %" for kind, r in memory["ratios"].items() if kind != "plain")
     asked, same = half["ppd packed"]["questions"], {name: run["identical"] for name, run in half.items()}
     return "\n".join(
         [
@@ -201,9 +127,8 @@ def exactness() -> str:
             f"distribution; an exact sampler's noise is {sampling['expected_of_exact_sampler']:.4f} |",
             f"| host work at 64 rows | {stages['narrow']:.2f} ms a step of Python, numpy and dispatch (30 layers, tiny "
             f"width), all but the forward; {stages['smollm2']:.2f} ms with SmolLM2's logits and KV cache |",
-            f"| peak memory of a generation | {peaks} over plain generate |",
-            f"| adapter | {memory['adapter_parameters']:,} parameters, "
-            f"{100 * memory['adapter_parameters'] / memory['base_parameters']:.4f} % of the base's |",
+            f"| adapter | {sizes['adapter_parameters']:,} parameters, "
+            f"{100 * sizes['adapter_parameters'] / sizes['base_parameters']:.4f} % of the base's |",
         ]
     )
 
@@ -224,7 +149,7 @@ def _strict() -> str:
 def render(name: str) -> str:
     """The table `name` as Markdown."""
     made = {
-        "chart": chart, "composed": composed, "each": each, "pairs": pairs,
+        "chart": chart, "speeds": speeds, "composed": composed, "each": each, "pairs": pairs, "memory": memory,
         "subsets": subsets, "sweep": sweep, "ablation": ablation, "training": training, "exactness": exactness,
     }  # fmt: skip
     return made[name]()
