@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .built import Wordless, built, configs, parts, worded
 from .identity import device_name
-from .kept import Kept, can_keep, tracing
+from .kept import KeptGraph, can_keep, tracing
 from .modes import beside
 from .regions import Run, Unfit, in_regions, run_layers
 
@@ -97,7 +97,7 @@ def _graph(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
     """`run` compiled in one piece or not at all for models that are built like `model`, as `key` tells, and kept where
     that can be. Nobody looks at modules before it runs."""
     graph = _made(run, key, lambda: _keeping(run, key, model))
-    if isinstance(graph, Kept):
+    if isinstance(graph, KeptGraph):
         graph.look_again()
     return graph
 
@@ -121,7 +121,7 @@ def _keeping(run: Any, key: Hashable, model: Any) -> Callable[..., Any]:
         return plain
     machine = (torch.__version__, platform.python_version(), device_name(model), torch.get_num_threads())
     with suppress(Wordless, OSError):  # else graphs last as long as the process
-        return Kept(run, partial(_in_one_piece, run), plain, f"{worded(key)} {machine}")
+        return KeptGraph(run, partial(_in_one_piece, run), plain, f"{worded(key)} {machine}")
     return plain
 
 

@@ -51,7 +51,7 @@ def tracing(**more: Any) -> Iterator[None]:
         yield
 
 
-class Kept:
+class KeptGraph:
     """A function compiled for what it is called with, or taken from files that another process has left.
 
     Args:

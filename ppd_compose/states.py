@@ -19,7 +19,7 @@ KEPT_BYTES = 8 << 30
 Name = TypeVar("Name")
 
 
-class Kept(Generic[Name]):
+class KeptStates(Generic[Name]):
     """What `ask` tells of a reply, by name, asked once.
 
     Args:
@@ -47,14 +47,14 @@ class Kept(Generic[Name]):
         return {name: states.to(self.base.device) for name, states in told.items()}
 
 
-class ReplyStates(Kept[int]):
+class ReplyStates(KeptStates[int]):
     """By layer the hidden states of a reply `[length, hidden]`, in the base's dtype.
 
     Args:
         base: frozen, in evaluation mode.
         layers: which hidden states, numbered as by `output_hidden_states`; the last one is normalised.
         max_length: tokens of prompt and reply that are used.
-        kept_bytes: see `Kept`.
+        kept_bytes: see `KeptStates`.
     """
 
     def __init__(

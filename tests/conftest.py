@@ -9,7 +9,7 @@ from huggingface_hub import close_session, constants
 from loopback import TOKEN, Hub
 
 from ppd_compose import compiled
-from ppd_compose.kept import Kept
+from ppd_compose.kept import KeptGraph
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -67,7 +67,7 @@ def nothing_compiled(monkeypatch):
     @contextmanager
     def refusing():
         with monkeypatch.context() as patch, torch.compiler.set_stance("fail_on_recompile"):
-            patch.setattr(Kept, "_compiled", refuse)
+            patch.setattr(KeptGraph, "_compiled", refuse)
             yield
 
     return refusing

@@ -10,10 +10,10 @@ import torch
 from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.eagle.borrowed import Parts, borrow
 from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
+from ppd_compose.integrations.eagle.draft_cache import DraftCache
 from ppd_compose.integrations.eagle.files import read_head
 from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
 from ppd_compose.integrations.eagle.head import Head
-from ppd_compose.integrations.eagle.kept import Kept
 from ppd_compose.integrations.eagle.levels import LevelPrice, Levels
 from ppd_compose.integrations.eagle.network import DraftNetwork
 from ppd_compose.integrations.eagle.rows import DraftRows
@@ -70,7 +70,7 @@ def test_logits_and_trees_are_those_of_the_official_code(version):
     object.__setattr__(output, "told", [])
     network = DraftNetwork.of(head.config, head.network)
     embed = torch.nn.Embedding.from_pretrained(head.embedding)
-    rows = DraftRows(Kept(Parts(network, embed, output, head.target_ids)), 0)
+    rows = DraftRows(DraftCache(Parts(network, embed, output, head.target_ids)), 0)
     end = 0
     for step, count in enumerate((9, 3, 1)):
         states, ids = told["states"][end : end + count], told["ids"][: end + count + 1].tolist()
@@ -217,7 +217,7 @@ def test_a_level_is_run_where_what_it_can_add_pays_for_it(seconds, chances, runs
 def test_a_head_that_is_never_asked_keeps_little_of_a_long_answer():
     parts, states = borrow(random_head(3), tiny(dtype=torch.float32)), [torch.randn(200, 32) for _ in range(3)]
     ids = [step % VOCAB for step in range(201)]
-    seldom, often = DraftRows(Kept(parts), 0), DraftRows(Kept(parts), 0)
+    seldom, often = DraftRows(DraftCache(parts), 0), DraftRows(DraftCache(parts), 0)
     with torch.no_grad():
         for at in range(200):
             seldom.learn([state[at : at + 1] for state in states])

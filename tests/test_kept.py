@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from ppd_compose import compiled, compose
 from ppd_compose.built import Wordless, built, frozen, worded
-from ppd_compose.kept import Kept, can_keep
+from ppd_compose.kept import KeptGraph, can_keep
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or Version(torch.__version__) < Version("2.13"),
@@ -161,14 +161,14 @@ def test_without_a_place_for_files_graphs_last_as_long_as_the_process(monkeypatc
 
 @needs_compiler
 def test_where_compiling_ahead_fails_torch_compiles_as_ever(home, monkeypatch):
-    base, compile = small(), Kept._compiled
+    base, compile = small(), KeptGraph._compiled
     fails = []
 
     def breaking(kept, args, kwargs):
         kept.compile = lambda guards: 1 / 0
         fails.append(compile(kept, args, kwargs))
 
-    monkeypatch.setattr(Kept, "_compiled", breaking)
+    monkeypatch.setattr(KeptGraph, "_compiled", breaking)
     assert torch.equal(answer(composed(base)), answer(base))
     assert fails == [None]
     assert not files(home)

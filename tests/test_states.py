@@ -5,7 +5,7 @@ import torch
 from test_train import replies
 from tiny import tiny
 
-from ppd_compose.states import Kept, ReplyStates
+from ppd_compose.states import KeptStates, ReplyStates
 
 
 @pytest.mark.parametrize(("room", "asked"), [(1 << 20, 2), (100, 3), (0, 4)])
@@ -16,7 +16,7 @@ def test_what_has_room_is_asked_for_once(room, asked):
         told.append(reply)
         return {"length": torch.full((10,), float(len(reply.ids)), dtype=torch.float64)}  # 80 bytes
 
-    kept = Kept(base, ask, kept_bytes=room)
+    kept = KeptStates(base, ask, kept_bytes=room)
     first, second = replies(base, 2)
     for reply in (first, second, first, second):
         assert kept(reply)["length"][0] == len(reply.ids)

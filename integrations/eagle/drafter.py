@@ -24,10 +24,10 @@ from ppd_compose.replayed import Lending, Lendings
 
 from .borrowed import borrow
 from .card import head_card
+from .draft_cache import DraftCache
 from .files import is_head, read_head
 from .grow import Frontier, dynamic_tree, foreign_paths, leaves_of
 from .head import Head, write_head
-from .kept import Kept
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
@@ -73,7 +73,7 @@ class EagleHead(Shared):
             raise ValueError(f"need depth, grow >= 0 and top_k >= 1, got {depth}, {grow} and {top_k}")
         self.head, self.depth, self.top_k, self.grow = head, depth, top_k, grow
         self.settings = {"depth": depth, "top_k": top_k, "grow": grow}
-        self._lendings: Lendings[Kept] = Lendings()
+        self._lendings: Lendings[DraftCache] = Lendings()
 
     @classmethod
     def from_pretrained(
@@ -127,9 +127,9 @@ class EagleHead(Shared):
         """Take in the hidden states of the prompt."""
         layers = self.hidden_layers(model)
         first = len(step.ids) - len(step.hidden_states[layers[0]])
-        kept = step.ending.enter_context(self._ready(model).lent())
-        step.ending.callback(kept.clear)
-        memory = step.memory[self] = Memory(DraftRows(kept, first), layers)
+        cache = step.ending.enter_context(self._ready(model).lent())
+        step.ending.callback(cache.clear)
+        memory = step.memory[self] = Memory(DraftRows(cache, first), layers)
         memory.learn(step)
 
     @hookimpl
@@ -171,13 +171,13 @@ class EagleHead(Shared):
         if step.index > 1:
             memory.learn(step)
 
-    def _ready(self, model: PreTrainedModel) -> Lending[Kept]:
+    def _ready(self, model: PreTrainedModel) -> Lending[DraftCache]:
         """The head on the device of `model` and in its dtype, made once while these, and the way of the forwards, stay
         as they are."""
         record = recorder_of(model)
         layers = model.get_input_embeddings(), model.get_output_embeddings()
         state = [*map(state_of_layer, layers), record is None]
-        return self._lendings.of(model, state, lambda: partial(Kept, borrow(self.head, model), record))
+        return self._lendings.of(model, state, lambda: partial(DraftCache, borrow(self.head, model), record))
 
 
 def _check_sizes(head: Head, base: Identity, vocab_size: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ppd_compose.lineage import ancestors, likeliest, renumber, row_depths
 from ppd_compose.tree import Ints, TokenTree
 
-from .kept import Kept
+from .draft_cache import DraftCache
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
@@ -38,9 +38,9 @@ class Frontier:
         nodes = np.zeros(1, np.int64)
         return cls(drafted, nodes, nodes - 1, nodes, np.zeros(1, np.float32))
 
-    def children(self, kept: Kept, width: int) -> tuple[Claims, Ints]:
+    def children(self, cache: DraftCache, width: int) -> tuple[Claims, Ints]:
         """Claims and tokens `[rows, width]` of the best children, a claim being that of the whole path."""
-        log_probs, tokens = kept.children(self.drafted.hidden, width)
+        log_probs, tokens = cache.children(self.drafted.hidden, width)
         claims: Claims = self.scores[:, None] + log_probs
         return claims, tokens
 
@@ -55,7 +55,7 @@ def dynamic_tree(
     """
     tokens, parents, scores, count = [], [], [], len(known)
     while True:
-        claims, words = frontier.children(rows.kept, width)
+        claims, words = frontier.children(rows.cache, width)
         tokens.append(words.ravel())
         parents.append(frontier.nodes.repeat(words.shape[1]))
         scores.append(claims.ravel())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppd_compose.tree import Bools, Ints
 
-from .kept import Kept
+from .draft_cache import DraftCache
 from .network import Drafted
 
 WAITING = 64  # steps whose hidden states wait to be fused: several at once take hardly longer than one
@@ -23,12 +23,12 @@ class DraftRows:
     """Accepted pairs, which stay, and candidates, whose place the next accepted pairs take.
 
     Args:
-        kept: the head at work, of no other sequence meanwhile, holding nothing.
+        cache: the head at work, of no other sequence meanwhile, holding nothing.
         first: position of the first pair; those before it were in the base's KV cache already.
     """
 
-    def __init__(self, kept: Kept, first: int) -> None:
-        self.kept, self.parts, self.first, self.accepted = kept, kept.parts, first, 0
+    def __init__(self, cache: DraftCache, first: int) -> None:
+        self.cache, self.parts, self.first, self.accepted = cache, cache.parts, first, 0
         # Of accepted positions that were not run yet: features, and of the latest the hidden states to make them of.
         self.features: list[Tensor] = []
         self.pending: list[list[Tensor]] = []
@@ -57,7 +57,7 @@ class DraftRows:
             self._fuse()
         features, self.features = torch.cat(self.features), []
         self.drop()
-        last = self.kept.pairs(self.first, self.accepted, ids[-len(features) :], features)
+        last = self.cache.pairs(self.first, self.accepted, ids[-len(features) :], features)
         self.accepted += len(features)
         return last
 
@@ -76,7 +76,7 @@ class DraftRows:
         own = np.concatenate([before, np.eye(new, dtype=bool)], axis=1)
         self.see = np.concatenate([np.pad(self.see, ((0, 0), (0, new))), own])
         positions = self.first + self.accepted - 1 + depths
-        return self.kept.candidates(self.accepted, tokens, above, features, positions, own)
+        return self.cache.candidates(self.accepted, tokens, above, features, positions, own)
 
     def _fuse(self) -> None:
         self.features.append(self.parts.network.fuse([torch.cat(layer) for layer in zip(*self.pending, strict=True)]))

@@ -32,7 +32,7 @@ from ppd_compose.loop import (
 )
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
-from ppd_compose.states import Kept, ReplyStates
+from ppd_compose.states import KeptStates, ReplyStates
 from ppd_compose.top import best_tokens
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
@@ -168,7 +168,7 @@ class Batches:
     def __init__(self, base: PreTrainedModel, recipe: HeadsRecipe, tokens: Tensor | None) -> None:
         self.recipe, self.device = recipe, base.device
         self.layer = base.config.get_text_config().num_hidden_layers
-        self.states: Kept[Any] = ReplyStates(base, [self.layer], recipe.max_length)
+        self.states: KeptStates[Any] = ReplyStates(base, [self.layer], recipe.max_length)
         size = Identity.of(base).vocab_size
         self.entry = torch.arange(size, device="cpu")
         if tokens is not None:

@@ -25,7 +25,7 @@ from ppd_compose.identity import Identity
 from ppd_compose.loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
-from ppd_compose.states import Kept
+from ppd_compose.states import KeptStates
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .beside import PromptHeads, reread
@@ -143,7 +143,7 @@ class PromptBatches(Batches):
     ) -> None:
         super().__init__(base, recipe, tokens)
         self.base, self.prompt = base, prompt
-        self.states = Kept(base, self._ask)
+        self.states = KeptStates(base, self._ask)
 
     @torch.no_grad()
     def made(self, drawn: Sequence[Drawn]) -> PromptBatch:

@@ -26,7 +26,7 @@ from .network import Drafted, Rope, Rows
 SPARE = 256  # columns that there is room for beyond those that are needed
 
 
-class Kept:
+class DraftCache:
     """A head at work on one sequence at a time. Where a device can record forwards, each is launched at once.
 
     Args:
