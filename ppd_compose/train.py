@@ -154,6 +154,6 @@ def evaluate(
         batch = make_batch([reply], recipe, number).to(base.device)
         guessed = rows(base, batch, recipe.decay)
         top = guessed.log_probs.topk(RANKS).indices
-        hits += (top == guessed.truth[..., None]).double().sum(0).cpu()
+        hits += (top == guessed.truth[..., None]).sum(0).cpu()
         seen += len(top)
     return (hits / max(seen, 1)).tolist()

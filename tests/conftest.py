@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import close_session, constants
 from loopback import TOKEN, Hub
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppd_compose import compiled
 from ppd_compose.kept import KeptGraph
@@ -71,3 +72,16 @@ def nothing_compiled(monkeypatch):
             yield
 
     return refusing
+
+
+class _NoDouble(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert (kwargs or {}).get("dtype") != torch.float64 or "_to_copy" not in str(func), "widened to float64"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_double():
+    """Nothing within is widened to float64, which some devices, such as Apple's, do not have."""
+    with _NoDouble():
+        yield

@@ -45,6 +45,10 @@ def student_of(head, base, recipe):
     return course, course.student(network)
 
 
+def test_training_needs_no_double_precision(tmp_path, no_double):
+    assert trained(tiny(dtype=torch.float32), tmp_path).accuracy
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_loss_is_that_of_drafting_step_by_step(family, variant):

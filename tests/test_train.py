@@ -46,6 +46,10 @@ def trained(base, folder, recipe=RECIPE):
     return train_prompt_tokens(base, mine[:-1], mine[-1:], recipe, folder)
 
 
+def test_training_needs_no_double_precision(tmp_path, no_double):
+    assert trained(tiny(dtype=torch.float32), tmp_path).accuracy
+
+
 def test_the_insertion_mask_is_that_of_the_ensemble():
     see = insertion_mask(torch.tensor([[1, 3]]), 5, 2, 2)[0]
     assert see.shape == (8, 13)

@@ -160,6 +160,6 @@ def evaluate(student: Student, course: Course, replies: Sequence[Reply]) -> list
         lesson = course.lesson(reply, dice_of(course.recipe, number))
         with course.precision():
             right = student([lesson], steps, 1.0).top1
-        hits += right.double().cpu() * len(lesson.points)
+        hits += right.cpu() * len(lesson.points)
         seen += len(lesson.points)
     return (hits / max(seen, 1)).tolist()
