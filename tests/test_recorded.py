@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.draft_model import DraftModel
-from ppd_compose.integrations.eagle import kept
+from ppd_compose.integrations.eagle import draft_cache
 from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_eagle import eagle
@@ -231,7 +231,7 @@ class Proposed:
 @pytest.mark.parametrize("name", ["eagle-3", "draft-model"])
 def test_a_drafter_s_memory_that_grows_is_recorded_anew(name, taped, monkeypatch):
     monkeypatch.setattr(fixed, "FEWEST", 16)
-    monkeypatch.setattr(kept, "SPARE", 4)
+    monkeypatch.setattr(draft_cache, "SPARE", 4)
     monkeypatch.setattr(recorded, "BLOCK", 8)
     base = tiny()
     drafter = beside(base)[name]
