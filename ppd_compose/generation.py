@@ -146,7 +146,7 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        refuse_request(model, input_ids, logits_processor, generation_config, model_kwargs)
+        refuse_request(model, input_ids, generation_config, model_kwargs)
         picker = _picker(logits_processor, generation_config, generator)
         request = _request(model, input_ids, picker, stopping_criteria, streamer, generation_config, model_kwargs)
         if streamer is not None:

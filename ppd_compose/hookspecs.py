@@ -125,7 +125,8 @@ def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], in
 
     `logits` `[nodes, vocab]` are the model's, unprocessed. `pick(node)` is the model's own choice after `node`:
     every logits processor applied with that node's prefix, then argmax or one draw. It may be asked once a
-    node. The pairs are consumed one by one and dropped when generation stops, so yielding them is best.
+    node, of nodes of the path alone where processors keep state, as those of grammars do. The pairs are consumed one by
+    one and dropped when generation stops, so yielding them is best.
     """
 
 

@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 from transformers.generation.utils import (  # type: ignore[attr-defined]  # there in every version
     is_deepspeed_zero3_enabled,
     is_fsdp_managed_module,
@@ -23,7 +19,6 @@ from transformers.generation.utils import (  # type: ignore[attr-defined]  # the
 
 from .cache import GENERATE_NAME, cache_name, refuse_cache
 
-STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 PREPARED = {"attention_mask", "position_ids", GENERATE_NAME, "use_cache", "logits_to_keep"}
 NEEDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 FIRST = 6  # arguments of `generate` that are handed on by their place, itself counted
@@ -125,8 +120,8 @@ def refuse_arguments(kwargs: dict[str, Any], *configs: GenerationConfig | None) 
     healing = [kwargs.get("token_healing"), *(config.token_healing for config in configs if config is not None)]
     if next((told for told in healing if told is not None), False):
         raise ValueError("token_healing changes the prompt: pass what the base's heal_tokens(ids, tokenizer) returns")
-    if kwargs.get("negative_prompt_ids") is not None or kwargs.get("synced_gpus"):
-        raise ValueError(f"negative_prompt_ids and synced_gpus are not supported: {BASE}")
+    if kwargs.get("synced_gpus"):
+        raise ValueError(f"synced_gpus is not supported, as processes would stop in different steps: {BASE}")
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError(f"continuous batching has its own loop: {BASE}")
     for name in ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus"):
@@ -148,7 +143,6 @@ def _refuse_positions(places: Any, mask: Any) -> None:
 def refuse_request(
     model: PreTrainedModel,
     input_ids: Tensor,
-    processors: LogitsProcessorList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> None:
@@ -158,9 +152,6 @@ def refuse_request(
         raise ValueError(f"use_cache=False leaves nothing to verify a tree against: leave it unset, or {BASE}")
     _refuse_input(model, input_ids, config, model_kwargs)
     refuse_cache(model_kwargs.get(GENERATE_NAME), model)
-    for processor in processors:
-        if isinstance(processor, STATEFUL_PROCESSORS):
-            raise ValueError(f"{type(processor).__name__} keeps state from token to token: {BASE}")
     # Where a model takes images too, `generate` tells that there are none.
     given = {name: value for name, value in model_kwargs.items() if value is not None and not _is_empty(value)}
     if unknown := sorted(given.keys() - PREPARED):

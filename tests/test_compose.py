@@ -150,7 +150,7 @@ REFUSALS = [
     ({"cache_implementation": "static"}, "StaticLayer"),
     ({"num_return_sequences": 2, "do_sample": True}, "one sequence per call"),
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-    ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
+    ({"synced_gpus": True}, "synced_gpus"),
     ({"custom_generate": "someone/something"}, "custom_generate"),
     ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
     ({"position_ids": 1 + torch.arange(12)[None]}, "attention_mask"),

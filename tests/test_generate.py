@@ -18,6 +18,8 @@ from transformers import (
     MllamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -43,6 +45,20 @@ def same(base, model, ids, **kwargs):
     expected = base.generate(ids, **kwargs)
     assert torch.equal(model.generate(ids, **kwargs), expected)
     return expected
+
+
+def known_in_part(base, processors=None, **kwargs):
+    """The answer of `base`, by a composition that guesses two thirds of it, in fewer forwards than it has tokens."""
+
+    def answer(model):
+        torch.manual_seed(0)
+        mine = [] if processors is None else [processors()]
+        return model.generate(prompt(), logits_processor=LogitsProcessorList(mine), **kwargs)
+
+    expected = answer(base)
+    model = compose(base, prompt_tokens(3, 2), Oracle(expected[0].tolist()), budget=32)
+    assert torch.equal(answer(model), expected)
+    assert model.stats.forwards < 0.75 * model.stats.tokens
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 20])
@@ -102,12 +118,34 @@ class Favours(LogitsProcessor):
         {"forced_eos_token_id": 9},
         {"exponential_decay_length_penalty": (15, 1.5), "eos_token_id": 9},
         {"sequence_bias": [[[11], 2.0]]},
+        {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
+        # These keep state from one token to the next.
+        {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=3)},
+        {"guidance_scale": 1.7},
+        {"guidance_scale": 1.7, "negative_prompt_ids": torch.tensor([[5, 9, 3]])},
     ],
-    ids=lambda s: next(iter(s)),
+    ids=lambda s: "+".join(s),
 )
-def test_every_processor_sees_the_prefix_of_its_node(settings):
-    base, model, ids = pair()
-    same(base, model, ids, max_new_tokens=40, do_sample=False, **settings)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_every_processor_sees_the_prefix_of_its_node(settings, do_sample):
+    known_in_part(tiny(), max_new_tokens=40, do_sample=do_sample, **settings)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_processor_is_asked_once_a_token_in_order(do_sample):
+    """So that those which keep state, as those of grammars do, serve a composition too."""
+
+    class Follows(LogitsProcessor):
+        def __init__(self):
+            self.seen = None
+
+        def __call__(self, input_ids, scores):
+            assert self.seen is None or self.seen == input_ids[0, :-1].tolist()
+            self.seen = input_ids[0].tolist()
+            scores[:, sum(self.seen) % VOCAB] += 3.0
+            return scores
+
+    known_in_part(tiny(), max_new_tokens=40, do_sample=do_sample, processors=Follows)
 
 
 def test_users_processor_and_prefix_function():
