@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, StoppingCriteriaList
@@ -202,7 +203,9 @@ class Decoding:
         step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
         step.answers = _answers(path[-1], len(tree), appended, verified)
-        step.hidden_states = {layer: states[path] for layer, states in verified.hidden_states.items()}
+        rows = np.asarray(path)
+        # Copies, as somebody may keep them for long, and these alone.
+        step.hidden_states = {layer: _rows(told, rows).clone() for layer, told in verified.hidden_states.items()}
 
 
 def _answers(node: int, nodes: int, appended: dict[Any, Appended], verified: Verified) -> dict[Any, Answer]:

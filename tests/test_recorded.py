@@ -31,6 +31,7 @@ class Tape(TorchDispatchMode):
     """Records what is computed: whatever Python does meanwhile is done once, and a look at numbers is refused."""
 
     played = 0
+    within = torch.inference_mode  # what was made in it can be written to in it alone
 
     def __init__(self, device):
         super().__init__()
@@ -42,7 +43,7 @@ class Tape(TorchDispatchMode):
         with self:
             out = run()
 
-        @torch.inference_mode()
+        @self.within()
         def play():
             Tape.played += 1
             for operation, args, kwargs, before in steps:

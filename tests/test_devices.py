@@ -1,0 +1,143 @@
+"""Bases that are not on the CPU: nothing is left behind on the host, launched or recorded, and few copies are made."""
+
+import warnings
+
+import pytest
+import simulated
+import torch
+from ppd_compose.integrations.draft_model import DraftModel
+from simulated import KIND, Simulated, copied
+from test_recorded import Tape
+from test_together import MAKERS
+from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
+
+from ppd_compose import compose, forward, recorders
+from ppd_compose.alternatives import AlwaysAsk
+
+pytestmark = pytest.mark.skipif(not simulated.HERE, reason="this torch knows no devices in Python")
+
+DRAFTERS = {
+    **MAKERS,
+    "ensembles": lambda base: prompt_tokens(3, 3),
+    "draft-model": lambda base: DraftModel(tiny(seed=5, dtype=base.dtype).to(base.device), width=2),
+}
+
+
+class TapeThere(Tape):
+    """Refuses copies to and fro too, as they would be done once."""
+
+    within = torch.no_grad
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        before = copied.total()
+        out = super().__torch_dispatch__(operation, types, args, kwargs)
+        if copied.total() != before:
+            raise RuntimeError(f"{operation} within a recording is given something of the host")
+        return out
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch):
+    """The device; what is compiled is recorded there as it is."""
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setitem(recorders.RECORDERS, KIND, TapeThere)
+    monkeypatch.setattr(forward, "compiled", lambda model, regions: type(model).forward.__get__(model))
+    monkeypatch.setattr(Tape, "played", 0)
+    with Simulated(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def composed(family, *names, compile=False, others=(), **settings):
+    """A composition of a base that is there, and the same base on the CPU."""
+    base, moved = (tiny(family, dtype=torch.float32, **settings) for _ in range(2))
+    moved.to(KIND)
+    drafters = [DRAFTERS[name](moved) for name in names]
+    return base, compose(moved, *drafters, *others, budget=16, compile=compile, plugins=[AlwaysAsk()])
+
+
+def same(base, model, ids, tokens=20, **how):
+    """Both say the same; what `model` told."""
+    told = []
+    for each, given in ((base, ids), (model, ids.to(KIND))):
+        mine = {
+            name: value.to(given.device) if isinstance(value, torch.Tensor) else value for name, value in how.items()
+        }
+        torch.manual_seed(0)
+        told.append(each.generate(given, max_new_tokens=tokens, return_dict_in_generate=True, **mine))
+    assert told[1].sequences.device.type == KIND
+    assert torch.equal(told[0].sequences, told[1].sequences.cpu())
+    return told
+
+
+def oracle(family, ids, tokens=20, **how):
+    base = tiny(family, dtype=torch.float32)
+    return Oracle(base.generate(ids, max_new_tokens=tokens, do_sample=False, **how)[0].tolist())
+
+
+def test_operands_on_different_devices_are_refused():
+    one = torch.ones(3)
+    with pytest.raises(RuntimeError, match="on one device"):
+        one + one.to(KIND)
+    with pytest.raises(TypeError, match="copied to the host"):
+        one.to(KIND).numpy()
+
+
+@pytest.mark.parametrize(("family", "compile"), [("llama", False), ("llama", True), ("gemma3", True), ("gpt2", False)])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_and_a_chat_that_goes_on(name, family, compile):
+    ids = prompt()
+    base, model = composed(family, name, compile=compile, others=[oracle(family, ids)])
+    told = same(base, model, ids, do_sample=False)
+    assert model.stats.forwards < 18
+    assert bool(Tape.played) == compile
+    whole = torch.cat([told[0].sequences, prompt(5, seed=1)], dim=1)
+    expected = base.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=9, do_sample=False)
+    mask = torch.ones_like(whole).to(KIND)
+    out = model.generate(whole.to(KIND), attention_mask=mask, max_new_tokens=9, do_sample=False, **continuing(told[1]))
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": True, "top_p": 0.9},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "prefill_chunk_size": 4},
+        {"do_sample": False, "eos_token_id": [3, 9], "output_scores": True, "output_logits": True},
+    ],
+    ids=lambda how: list(how)[1],
+)
+def test_all_together_behind_padding(how, compile):
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt()], dim=1)
+    names = [name for name in DRAFTERS if name != "ensembles"]
+    base, model = composed("llama", *names, compile=compile)
+    same(base, model, ids, attention_mask=(ids != 0).long(), **how)
+
+
+def test_a_prompt_on_the_host_of_a_base_that_is_not(recwarn):
+    base, model = composed("llama", "ppd", "lookup")
+    warnings.simplefilter("ignore")  # transformers says that it is slow
+    told = model.generate(prompt(), max_new_tokens=12, do_sample=False)
+    assert torch.equal(told, base.generate(prompt(), max_new_tokens=12, do_sample=False))
+
+
+# Of a step that is recorded: what goes up, and what comes down. Picks are one copy of it; prompt tokens, heads and
+# recycling tell what they guess in one more each.
+STEPS = {(): (1, 1), ("lookup", "ngram"): (1, 1), ("ppd",): (1, 2), ("medusa",): (1, 2), ("recycling",): (2, 2)}
+FEW = 0.2  # more, where rows that are wanted do not stand together
+
+
+@pytest.mark.parametrize("names", STEPS, ids="+".join)
+def test_few_copies_go_to_and_fro_in_a_step(names):
+    ids, tokens = prompt(), 20
+    _, model = composed("llama", *names, compile=True)
+    found = []
+    for length in (tokens, 2 * tokens):  # less what a generation takes beside its steps
+        for _ in range(2):  # the second time all is recorded
+            copied.clear()
+            model.generate(ids.to(KIND), max_new_tokens=length, do_sample=False, eos_token_id=None)
+        found.append((copied["up"], copied["down"], model.stats.forwards))
+    up, down, forwards = (more - less for less, more in zip(*found, strict=True))
+    assert (up / forwards, down / forwards) == pytest.approx(STEPS[names], abs=FEW)
