@@ -33,6 +33,9 @@ class There(torch.Tensor):
     def data_ptr(self):
         return self.held.data_ptr()
 
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -102,6 +105,12 @@ class _Never(getattr(backends, "_DummyBackendModule", object)):
 
     def is_available(self):
         return False
+
+    def device_count(self):
+        return 0
+
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
 
 
 def _empty(size, *args, **kwargs):

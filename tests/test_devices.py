@@ -4,9 +4,13 @@ import warnings
 
 import pytest
 import simulated
+import test_eagle_train
+import test_medusa
+import test_train
 import torch
 from ppd_compose.integrations.draft_model import DraftModel
 from simulated import KIND, Simulated, copied
+from test_eagle_train import replies
 from test_recorded import Tape
 from test_together import MAKERS
 from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
@@ -121,6 +125,24 @@ def test_a_prompt_on_the_host_of_a_base_that_is_not(recwarn):
     warnings.simplefilter("ignore")  # transformers says that it is slow
     told = model.generate(prompt(), max_new_tokens=12, do_sample=False)
     assert torch.equal(told, base.generate(prompt(), max_new_tokens=12, do_sample=False))
+
+
+@pytest.mark.parametrize("course", [test_train, test_medusa, test_eagle_train], ids=lambda course: course.__name__)
+def test_training_gives_the_same_there(course, tmp_path, monkeypatch):
+    told = replies(tiny(dtype=torch.float32))
+    monkeypatch.setattr(course, "replies", lambda base: told)
+    base, moved = tiny(dtype=torch.float32), tiny(dtype=torch.float32).to(KIND)
+    here, there = course.trained(base, tmp_path / "here"), course.trained(moved, tmp_path / "there")
+    assert tensors(here)
+    for mine, theirs in zip(tensors(here), tensors(there), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs.cpu())
+
+
+def tensors(trained):
+    """Those of a dataclass, or of the first of several, or of a dictionary within."""
+    parts = vars(trained[0] if isinstance(trained, tuple) else trained).values()
+    flat = [one for part in parts for one in (part.values() if isinstance(part, dict) else [part])]
+    return [one for one in flat if isinstance(one, torch.Tensor)]
 
 
 # Of a step that is recorded: what goes up, and what comes down. Picks are one copy of it; prompt tokens, heads and
