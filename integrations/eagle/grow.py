@@ -5,11 +5,13 @@ Knows scores, frontiers and pools of candidates. Does not know how a row is run,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ppd_compose.lineage import ancestors, likeliest, renumber, row_depths
 from ppd_compose.tree import Ints, TokenTree
@@ -85,20 +87,26 @@ def foreign_paths(tree: TokenTree, own: TokenTree, count: int, deepest: int) -> 
 def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
     """Run all nodes of `tree` below the root, level by level; its leaves as a frontier."""
     depths = row_depths(tree.parents)
+    levels = [np.flatnonzero(depths == depth) for depth in range(1, int(depths.max(initial=0)) + 1)]
+    leaves = np.setdiff1d(np.arange(len(tree)), tree.parents)
+    *there, last = _on([*levels, *(tree.parents[at] for at in levels), leaves], root.feature.device)
     ran = np.full(len(tree), -1)
     feature, hidden = (part.repeat(len(tree), 1) for part in root)
-    for depth in range(1, int(depths.max(initial=0)) + 1):
-        at = np.flatnonzero(depths == depth)
-        start, above = len(rows.see), tree.parents[at]
-        nodes, given = torch.from_numpy(at).to(feature.device), feature[torch.from_numpy(above).to(feature.device)]
-        made = rows.level(tree.tokens[at], np.arange(len(at)), given, ran[above], depths[at])
+    for at, nodes, above in zip(levels, there, there[len(levels) :], strict=False):
+        start = len(rows.see)
+        made = rows.level(tree.tokens[at], np.arange(len(at)), feature[above], ran[tree.parents[at]], depths[at])
         feature[nodes], hidden[nodes] = made
         ran[at] = np.arange(start, start + len(at))
-    at = np.setdiff1d(np.arange(len(tree)), tree.parents)
     # Rounded down, so that no child claims more than its parent did.
-    scores = np.nextafter(tree.log_probs[at].astype(np.float32), np.float32(-np.inf))
-    nodes = torch.from_numpy(at).to(feature.device)
-    return Frontier(Drafted(feature[nodes], hidden[nodes]), at, ran[at], depths[at], scores)
+    scores = np.nextafter(tree.log_probs[leaves].astype(np.float32), np.float32(-np.inf))
+    return Frontier(Drafted(feature[last], hidden[last]), leaves, ran[leaves], depths[leaves], scores)
+
+
+def _on(indices: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:
+    """All of them on `device`, in one copy."""
+    whole = torch.from_numpy(np.concatenate(indices)).to(device)
+    apart: tuple[Tensor, ...] = whole.split([len(one) for one in indices])
+    return apart
 
 
 def _settled(scores: list[Claims], best: Ints, size: int) -> bool:
