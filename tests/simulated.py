@@ -30,6 +30,9 @@ class There(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return computed(operation, args, kwargs or {})
 
+    def __deepcopy__(self, memo):
+        return There(self.held.clone())
+
     def data_ptr(self):
         return self.held.data_ptr()
 

@@ -17,6 +17,7 @@ from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
 
 from ppd_compose import compose, forward, recorders
 from ppd_compose.alternatives import AlwaysAsk
+from ppd_compose.testing import check_drafter
 
 pytestmark = pytest.mark.skipif(not simulated.HERE, reason="this torch knows no devices in Python")
 
@@ -87,7 +88,12 @@ def test_operands_on_different_devices_are_refused():
         one.to(KIND).numpy()
 
 
-@pytest.mark.parametrize(("family", "compile"), [("llama", False), ("llama", True), ("gemma3", True), ("gpt2", False)])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_passes_its_checks(name):
+    check_drafter(DRAFTERS[name], tiny(dtype=torch.float32).to(KIND))
+
+
+@pytest.mark.parametrize(("family", "compile"), [("llama", True), ("gemma3", True), ("gpt2", False)])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_every_drafter_and_a_chat_that_goes_on(name, family, compile):
     ids = prompt()
