@@ -8,24 +8,19 @@ import test_eagle_train
 import test_medusa
 import test_train
 import torch
-from ppd_compose.integrations.draft_model import DraftModel
 from simulated import KIND, Simulated, copied
 from test_eagle_train import replies
-from test_recorded import Tape
+from test_recorded import Tape, record_as_they_are
 from test_together import MAKERS
 from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
 
-from ppd_compose import compose, forward, recorders
+from ppd_compose import compose
 from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.testing import check_drafter
 
 pytestmark = pytest.mark.skipif(not simulated.HERE, reason="this torch knows no devices in Python")
 
-DRAFTERS = {
-    **MAKERS,
-    "ensembles": lambda base: prompt_tokens(3, 3),
-    "draft-model": lambda base: DraftModel(tiny(seed=5, dtype=base.dtype).to(base.device), width=2),
-}
+DRAFTERS = {**MAKERS, "ensembles": lambda base: prompt_tokens(3, 3)}
 
 
 class TapeThere(Tape):
@@ -45,9 +40,7 @@ class TapeThere(Tape):
 def there(monkeypatch):
     """The device; what is compiled is recorded there as it is."""
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    monkeypatch.setitem(recorders.RECORDERS, KIND, TapeThere)
-    monkeypatch.setattr(forward, "compiled", lambda model, regions: type(model).forward.__get__(model))
-    monkeypatch.setattr(Tape, "played", 0)
+    record_as_they_are(monkeypatch, KIND, TapeThere)
     with Simulated(), warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -75,9 +68,9 @@ def same(base, model, ids, tokens=20, **how):
     return told
 
 
-def oracle(family, ids, tokens=20, **how):
+def oracle(family, ids):
     base = tiny(family, dtype=torch.float32)
-    return Oracle(base.generate(ids, max_new_tokens=tokens, do_sample=False, **how)[0].tolist())
+    return Oracle(base.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
 
 
 def test_operands_on_different_devices_are_refused():
@@ -115,6 +108,7 @@ def test_every_drafter_and_a_chat_that_goes_on(name, family, compile):
         {"do_sample": True, "top_p": 0.9},
         {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"do_sample": False, "prefill_chunk_size": 4},
+        {"do_sample": False, "guidance_scale": 1.5},
         {"do_sample": False, "eos_token_id": [3, 9], "output_scores": True, "output_logits": True},
     ],
     ids=lambda how: list(how)[1],
@@ -126,7 +120,7 @@ def test_all_together_behind_padding(how, compile):
     same(base, model, ids, attention_mask=(ids != 0).long(), **how)
 
 
-def test_a_prompt_on_the_host_of_a_base_that_is_not(recwarn):
+def test_a_prompt_on_the_host_of_a_base_that_is_not():
     base, model = composed("llama", "ppd", "lookup")
     warnings.simplefilter("ignore")  # transformers says that it is slow
     told = model.generate(prompt(), max_new_tokens=12, do_sample=False)

@@ -77,13 +77,17 @@ def _write(new, before):
             mine.copy_(theirs)
 
 
-@pytest.fixture
-def taped(monkeypatch):
-    """Compositions with `compile=True` record eager forwards."""
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", Tape)
+def record_as_they_are(monkeypatch, kind, recorder):
+    """Let compositions with `compile=True` on devices of `kind` record eager forwards."""
+    monkeypatch.setitem(recorders.RECORDERS, kind, recorder)
     monkeypatch.setattr(forward, "compiled", lambda model, regions: type(model).forward.__get__(model))
     monkeypatch.setattr(forward, "can_pack", lambda model: False)
     monkeypatch.setattr(Tape, "played", 0)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    record_as_they_are(monkeypatch, "cpu", Tape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

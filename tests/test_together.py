@@ -19,7 +19,7 @@ MAKERS = {
     "ppd": lambda base: prompt_tokens(),
     "medusa": lambda base: MedusaHeads(random_heads()),
     "eagle": lambda base: eagle(grow=4),
-    "draft-model": lambda base: DraftModel(tiny("llama", seed=5, dtype=base.dtype), width=2),
+    "draft-model": lambda base: DraftModel(tiny("llama", seed=5, dtype=base.dtype).to(base.device), width=2),
     "lookup": lambda base: PromptLookup(),
     "recycling": lambda base: TokenRecycling(),
     "ngram": lambda base: ngram_table(),
