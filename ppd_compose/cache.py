@@ -159,8 +159,10 @@ def _written(cache: Cache) -> Iterator[tuple[Tensor, int]]:
         yield from ((stack, counted(cache)) for stack in memory.stacks.values())
         return
     for layer in _filled(cache):
-        held = layer.extent.columns if isinstance(layer, InPlaceLayer) else layer.keys.shape[-2]
-        yield from ((states, held) for states in (layer.keys, layer.values))
+        if isinstance(layer, InPlaceLayer):
+            yield from ((states, layer.extent.columns) for states in layer.tensors)
+        else:
+            yield from ((states, states.shape[-2]) for states in (layer.keys, layer.values))
 
 
 def _move(states: Tensor, begin: int, moved: Sequence[tuple[int, int]]) -> None:

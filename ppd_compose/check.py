@@ -76,15 +76,17 @@ def check_appended(appended: object, drafter: str, tree: TokenTree) -> Appended:
         raise MalformedDraft(who, fault)
     if not isinstance(appended.embeddings, Tensor) or appended.embeddings.ndim != 2:
         raise MalformedDraft(who, f"embeddings must be a Tensor [kinds, hidden], got {appended.embeddings!r:.60}")
-    rows, size = np.arange(len(appended)), len(tree)
+    size = len(tree)
     sizes = {len(appended.kinds), len(appended.parents), len(appended.nodes), len(appended.gains)}
     if len(sizes) > 1:
         raise MalformedDraft(who, f"appended arrays of different lengths: {sorted(sizes)}")
     if not len(appended):
         return appended
-    if appended.parents.min() < 0 or (appended.parents - rows).max() >= size:
+    places = np.arange(size + len(appended))
+    if appended.parents.min() < 0 or (appended.parents >= places[size:]).any():
         raise MalformedDraft(who, "an appended row must hang from a tree node or an earlier appended row")
-    if (np.concatenate([np.arange(size), appended.nodes])[appended.parents] != appended.nodes).any():
+    places[size:] = appended.nodes  # so that they tell below which node a row stands
+    if (places[appended.parents] != appended.nodes).any():
         raise MalformedDraft(who, "an appended row must name the tree node that its chain hangs from")
     if appended.kinds.min() < 0 or appended.kinds.max() >= len(appended.embeddings):
         raise MalformedDraft(who, f"kinds must index the {len(appended.embeddings)} embeddings")

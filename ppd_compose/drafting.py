@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +63,7 @@ class Drafting:
         for name, drafter, append in self.appenders:
             with self.stats.stage(f"append {name}"):
                 for rows in append(step=step, tree=tree):
-                    appended[drafter] = replace(check_appended(rows, name, tree), source=self.bits[name])
+                    appended[drafter] = check_appended(rows, name, tree).marked(self.bits[name])
                     self._look_at(rows.embeddings, name)
         with self.stats.stage("fit"):
             # A row deeper than the room left can never be used, and may lie beyond the model's last position. Behind

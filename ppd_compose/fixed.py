@@ -126,7 +126,10 @@ class FixedLayer(InPlaceLayer):
     def let_go(self) -> None:
         """Let the layer that this one stands in for hold what this one does, so that its own memory is free; that of a
         window is small, and counted otherwise."""
-        for layer in () if self._slides else (self.inner, self.layer):
+        if self._slides:
+            return
+        self.inner.both = None
+        for layer in (self.inner, self.layer):
             layer.keys, layer.values = self.keys, self.values
 
     def moved_out(self) -> InPlaceLayer:

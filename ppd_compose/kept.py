@@ -23,6 +23,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 from .built import PLAIN, Same, Wordless, worded
+from .paging import give_back
 from .storage import cache_folder, staged_file
 
 BUILTINS = "__builtins_dict__"  # by what name Python's own functions are found, which nobody replaces
@@ -89,10 +90,13 @@ class KeptGraph:
             while self.unread:
                 self.forms += self._read(self.unread.pop(0))
                 if (form := self._serving(args, kwargs)) is not None:
-                    return form
-            if self.fails or len(self.forms) >= MOST:
-                return None
-            return self._serving(args, kwargs) or self._compiled(args, kwargs)
+                    break
+            else:
+                if self.fails or len(self.forms) >= MOST:
+                    return None
+                form = self._serving(args, kwargs) or self._compiled(args, kwargs)
+        give_back()  # what reading and compiling took
+        return form
 
     def _compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Form | None:
         guards = _Guards()

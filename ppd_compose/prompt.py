@@ -187,8 +187,7 @@ class PromptTokens(Shared):
         """All prompt tokens below all nodes; a row gains (chance that the node is the last) x (its worth)."""
         (n, v, _), nodes = self.embeddings.shape, len(tree)
         gains = tree.stop_chances()[:, None] * (self.gains(step.rows) / v).repeat(v)
-        kinds, parents, hung = (column.copy() for column in _below(nodes, n, v))  # the next caller gets the same
-        return Appended(step.memory[self].embeddings, kinds, parents, hung, gains.ravel())
+        return Appended(step.memory[self].embeddings, *_below(nodes, n, v), gains.ravel())
 
     def gains(self, rows: int) -> Floats:
         """Tokens that each prompt token below the last accepted node adds to the next step `[n]`, where the last
@@ -214,11 +213,15 @@ class PromptTokens(Shared):
 
 @lru_cache
 def _below(nodes: int, n: int, v: int) -> tuple[Ints, Ints, Ints]:
-    """Embedding, parent and node `[rows]` of each row when all prompt tokens stand below `nodes` nodes."""
+    """Embedding, parent and node `[rows]` of each row when all prompt tokens stand below `nodes` nodes; read-only, as
+    the next caller gets the same."""
     rows = np.arange(nodes * n * v).reshape(nodes, n, v)
     parents = nodes + rows - v
     parents[:, 0] = np.arange(nodes)[:, None]
-    return np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
+    below = np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
+    for column in below:
+        column.flags.writeable = False
+    return below
 
 
 def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:

@@ -94,8 +94,11 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that holds `token`."""
-        (found,) = (self.tokens == token).nonzero()
-        return next((at for at in found.tolist() if self.parents[at] == node), None)
+        tokens = self.tokens.tolist()
+        if token not in tokens:  # as for most that are asked for
+            return None
+        pairs = zip(self.parents.tolist(), tokens, strict=True)
+        return next((at for at, pair in enumerate(pairs) if pair == (node, token)), None)
 
     @cached_property
     def chances(self) -> Floats:
@@ -128,6 +131,10 @@ class Appended:
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    def marked(self, source: int) -> Appended:
+        """The same rows, as those of the drafter whose bit is `source`."""
+        return Appended(self.embeddings, self.kinds, self.parents, self.nodes, self.gains, source)
 
     def take(self, rows: Ints, nodes: Ints, size: int) -> Appended:
         """Rows `rows` of these, over a tree of `size` nodes of which `nodes` are kept."""
@@ -179,8 +186,7 @@ def likeliest_first(tree: TokenTree, nodes: Ints) -> Ints:
     path = [0]
     while (heir := heirs.get(path[-1])) is not None:
         path.append(heir)
-    others = set(order).difference(path)
-    return np.asarray([*path, *(node for node in order if node in others)], np.int64)
+    return np.asarray(list(dict.fromkeys([*path, *order])), np.int64)
 
 
 def shallow(tree: TokenTree, appended: Sequence[Appended], depth: int) -> tuple[TokenTree, Sequence[Appended]]:

@@ -86,7 +86,7 @@ def added(step: Step, tree: TokenTree, price: Floats) -> list[float]:
     price = price[min(riding, len(price) - 1) :]
     earned = tree.chances
     if len(step.drafters) == 1 and tree.sources[1:].all():  # without it there would be the root alone
-        return [_best(-np.sort(-earned), price) - float(earned[0] - price[0])]
+        return [_best(np.sort(earned)[::-1], price) - float(earned[0] - price[0])]
     order = (-earned).argsort(kind="stable")
     every = _best(earned[order], price)
     return [every - _best(earned[order[~gone[order]]], price) for gone in _alone(step, tree)]

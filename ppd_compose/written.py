@@ -6,7 +6,7 @@ who sees what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class InPlaceLayer(DynamicLayer):
     what they hold, so that a forward's own fit in behind."""
 
     spare = 0  # columns of its memory beyond what it asks for
+    both: Tensor | None = None  # keys and values `[2, batch, heads, room, head_dim]`, where they lie in one memory
 
     def __init__(self, layer: Any, extent: Extent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,6 +61,12 @@ class InPlaceLayer(DynamicLayer):
         """Columns that its memory has."""
         keys: Any = self.keys
         return int(keys.shape[-2])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What its keys and values lie in, as few tensors as may be, `[..., room, head_dim]`."""
+        apart: list[Any] = [self.keys, self.values]
+        return apart if self.both is None else [self.both]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write them behind what counts, for which `make_room` has been called; all there is then but what is hidden,
@@ -83,8 +90,7 @@ class InPlaceLayer(DynamicLayer):
         """Let there be room for `rows` more."""
         needed = self.extent.columns + rows
         more = ROOM * -(-needed // ROOM) + self.spare - self.room
-        held: Any = {"keys": self.keys, "values": self.values}
-        self._take({name: _longer(old, more) for name, old in held.items()})
+        self._take(_longer(self.keys, self.values, more))
 
     def give_back(self) -> Any:
         """The layer that this one stands in for, with what counts of the context."""
@@ -104,10 +110,10 @@ class InPlaceLayer(DynamicLayer):
         states = {name: cat([front[name][None].to(old), old], dim=-2) for name, old in held.items()}
         self._take(states, front=self.front + keys.shape[-2])
 
-    def _take(self, states: dict[str, Tensor], **more: Any) -> None:
+    def _take(self, states: Mapping[str, Tensor], **more: Any) -> None:
         """Hold these keys and values from now on."""
-        vars(self).update(states, **more)  # at once: a call may be broken off anywhere
-        vars(self.layer).update(states)  # so that the old memory is free
+        vars(self).update({"both": None, **states, **more})  # at once: a call may be broken off anywhere
+        self.layer.keys, self.layer.values = self.keys, self.values  # so that the old memory is free
 
 
 class WindowLayer(InPlaceLayer):
@@ -138,10 +144,10 @@ class WindowLayer(InPlaceLayer):
     def slide(self, extent: Extent, rows: int) -> None:
         """Drop columns that have left the window, so that those of `extent` are held, and let there be room for `rows`
         more."""
-        held: Any = {"keys": self.keys, "values": self.values}
-        stale, more = self.extent.columns - extent.columns, max(rows, ROOM)
-        states = {name: _longer(old.narrow(-2, stale, extent.columns), more) for name, old in held.items()}
-        self._take(states, extent=extent)
+        held: list[Any] = [self.keys, self.values]
+        stale = self.extent.columns - extent.columns
+        keys, values = (old.narrow(-2, stale, extent.columns) for old in held)
+        self._take(_longer(keys, values, max(rows, ROOM)), extent=extent)
 
     def refill(self, held: Mapping[str, Tensor], front: int) -> None:
         """The same, of those that are in the window."""
@@ -159,9 +165,19 @@ class WindowLayer(InPlaceLayer):
         return self.layer
 
 
-def _longer(states: Tensor, more: int) -> Tensor:
-    """`states` with room for `more` columns behind, which nobody has touched yet, so that they take no memory."""
-    *outer, columns, size = states.shape
-    longer = states.new_empty(*outer, columns + more, size)
-    longer[..., :columns, :] = states
-    return longer
+def _longer(keys: Any, values: Any, more: int) -> dict[str, Tensor]:
+    """`keys` and `values` with room for `more` columns behind, which nobody has touched yet, so that they take no
+    memory. Those of one shape lie in one memory: a row moves in both at once."""
+    if keys.shape != values.shape:
+        return {"keys": _roomier(keys[None], more)[0], "values": _roomier(values[None], more)[0]}
+    both = _roomier((keys, values), more)
+    return {"both": both, "keys": both[0], "values": both[1]}
+
+
+def _roomier(states: Sequence[Tensor] | Tensor, more: int) -> Tensor:
+    """All `states` in one tensor, each with room for `more` columns behind."""
+    *outer, columns, size = states[0].shape
+    roomier = states[0].new_empty(len(states), *outer, columns + more, size)
+    for place, held in zip(roomier, states, strict=True):
+        place[..., :columns, :] = held
+    return roomier
