@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 TIMED = 16  # times a drafter is timed; what it takes is then settled, so that decisions do not follow the clock
-TRIED = 8  # times that tell little of what it takes: much is made at its first use, and drafts find their size
+TRIED = 8  # first times, which tell little: much is made at its first use, and drafts have not found their size
 FORGET = 0.95  # how much of what was gained counts after each time
 SHARE = 0.01  # of all time, what drafters that do not pay may take in all to show that they would
 
@@ -37,9 +37,10 @@ class Asked:
     def judge(self, seconds: float, gained: float, rate: float, forward: float, drafters: int = 1) -> None:
         """Book one turn: `seconds` spent, tokens `gained`.
 
-        One that pays, or was not timed often enough to tell, is asked at every step; of one that gained nothing at all
-        in `TRIED` turns more need not be known. `rate` is the tokens that a second is worth, `forward` the seconds of
-        a forward of one row, `drafters` among how many the time to show what they would add is divided.
+        One that pays is asked at every step, and so is any until it was timed `TIMED` times, `TRIED` if it gained
+        nothing at all. After that all that do not pay wait, so that together they take `SHARE` of the time. `rate` is
+        the tokens that a second is worth, `forward` the seconds of a forward of one row, `drafters` among how many the
+        time to show what they would add is divided.
         """
         self.passed = 0
         if len(self.seconds) < TIMED:

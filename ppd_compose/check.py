@@ -101,8 +101,8 @@ def is_huge(states: Tensor) -> bool:
 
 
 def check_embeddings(embeddings: Tensor, drafter: str, width: int) -> None:
-    """Raise `MalformedDraft` naming `drafter` when its `embeddings` `[kinds, hidden]` are of another width, or huge: of
-    NaN rows that see nothing of it get some too."""
+    """Raise `MalformedDraft` naming `drafter` when its `embeddings` `[kinds, hidden]` are of another width, or hold NaN
+    or huge values: NaN spreads even to rows that the mask hides it from."""
     who = f"drafter {drafter!r}"
     if embeddings.shape[1] != width:
         raise MalformedDraft(who, f"embeddings must be {width} wide, as the model's are, got {embeddings.shape[1]}")

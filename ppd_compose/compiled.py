@@ -56,7 +56,8 @@ def _ways(model: Any, key: Hashable, regions: bool) -> Iterator[tuple[Hashable, 
 
 
 def _first(ways: list[tuple[Hashable, Callable[..., Any]]], **kwargs: Any) -> Any:
-    """By the first of `ways` that torch can go; those that it cannot are left out from now on."""
+    """What the first of `ways` gives. One that torch cannot compile is left out from now on, for all models built
+    alike."""
     while True:
         way, forward = ways[0]
         try:

@@ -124,8 +124,8 @@ class FixedLayer(InPlaceLayer):
             mine[..., self.extent.columns - (end - begin) : self.extent.columns, :] = theirs[..., begin:end, :]
 
     def let_go(self) -> None:
-        """Let the layer that this one stands in for hold what this one does, so that its own memory is free; that of a
-        window is small, and counted otherwise."""
+        """Let the layer that this one stands in for, and transformers' own, hold what lies here, so that their memory
+        is free; that of a window is small, and counted otherwise."""
         if self._slides:
             return
         self.inner.both = None

@@ -63,10 +63,10 @@ class Forward:
         return Attention.of(self.model)
 
     def idle(self, rows: int, cache: Cache) -> int:
-        """Rows that stand at the end of a forward of `rows` rows and mean nothing.
+        """How many rows that mean nothing to add at the end of a forward of `rows` rows.
 
-        Forwards are recorded in a few sizes. A compiled graph for any number of rows does not take a single one, nor
-        keys and values that fill their memory without a gap; one row that is dropped after every forward sees to both.
+        Recorded: up to the next size. Compiled: one where there is a single row, or where not every layer is written in
+        place, as torch would make a graph of its own for a single row and for keys and values that fill their memory.
         """
         if memory_of(cache) is not None:
             return padded(rows) - rows

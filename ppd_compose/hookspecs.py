@@ -30,9 +30,11 @@ def prepare(model: PreTrainedModel) -> None:
 
 @hookspec
 def forward_kwargs(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Return keyword arguments that `model`'s forward needs, such as `{"output_hidden_states": True}`.
+    """Return keyword arguments that `model`'s forward needs beside transformers' own, as a base with code of its own
+    may.
 
-    Called once a generation. Two plugins that want different values for one keyword are an error.
+    Called once a generation. Two plugins that want different values for one keyword are an error, and so is
+    `output_hidden_states`: hidden states are asked for by `hidden_layers`.
     """
 
 
@@ -91,7 +93,8 @@ def propose(step: Step) -> TokenTree | None:
 def merge(step: Step, trees: Sequence[TokenTree]) -> TokenTree | None:
     """Return the one tree that stands for `trees`, of which the first is the bare root.
 
-    A node's `sources` are those of all trees that hold it, or'ed: by them it is known what each drafter adds.
+    A node's `sources` are those of all trees that hold it, or'ed: by them it is known what each drafter adds. Its
+    `log_probs` are those of whole paths: no node claims more than its parent.
     """
 
 
@@ -99,8 +102,8 @@ def merge(step: Step, trees: Sequence[TokenTree]) -> TokenTree | None:
 def extend(step: Step, tree: TokenTree) -> TokenTree | None:
     """Return a tree with the same root whose paths continue those of the merged `tree`, or None.
 
-    The `sources` of `tree` are 0. Nodes that it does not hold are yours; mark others that you would have guessed too
-    by another number, and your claim for them counts.
+    The `sources` of `tree` are 0. A node that you return counts as your guess where its path is not in `tree`; where it
+    is, it does so if you give it any other `sources`, and your `log_probs` are then what you claim for it.
     """
 
 
@@ -109,14 +112,17 @@ def append(step: Step, tree: TokenTree) -> Appended | None:
     """Return rows that ride along in the verify forward and are never accepted, or None. Their embeddings are finite
     and as wide as the model's.
 
-    The logits of those below the last accepted node come back as `step.answers[self]` in the next step, for `ask`
-    and the hooks from `propose` to `fit`.
+    Their `parents` and `nodes` are of `tree`; `gains` `[rows]` are the tokens that each is expected to add to the next
+    step, at least 0. The logits of those below the last accepted node come back as `step.answers[self]` in the next
+    step, for `ask` and the hooks from `propose` to `fit`.
     """
 
 
 @hookspec(firstresult=True)
 def fit(step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]] | None:
-    """Return the tree and the appended rows, in the order given, cut to what the budget pays for."""
+    """Return the tree and the appended rows, cut to what the budget pays for: as many blocks as `appended` has, in that
+    order, of which some may be of no rows. None is kept without the one that it hangs from. `parents` and `nodes` of
+    rows are of the tree that is returned, see `tree.cut`."""
 
 
 @hookspec(firstresult=True)
@@ -124,7 +130,7 @@ def accept(step: Step, tree: TokenTree, logits: Tensor, pick: Callable[[int], in
     """Return the accepted path, root first: pairs of a node and the token that follows it.
 
     `logits` `[nodes, vocab]` are the model's, unprocessed. `pick(node)` is the model's own choice after `node`:
-    every logits processor applied with that node's prefix, then argmax or one draw. It may be asked once a
+    every logits processor applied to the sequence up to that node, then argmax or one draw. It may be asked once a
     node, of nodes of the path alone where processors keep state, as those of grammars do. The pairs are consumed one by
     one and dropped when generation stops, so yielding them is best.
     """

@@ -114,8 +114,8 @@ def put_in_front(cache: Cache, prefixes: Sequence[Tensor]) -> None:
 
 
 def hide(cache: Cache, front: bool, stale: bool) -> None:
-    """Keep from the forwards that follow what stands in front of the whole context, and what is no longer in a window,
-    or show it."""
+    """Set what the next forwards see. `front`: the prefixes are hidden, in layers that keep the whole context. `stale`:
+    columns that have left the window are, in layers with one."""
     for extent in _extents(cache):
         if extent.window is None:
             extent.hidden = extent.front if front else 0

@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def beside(module: nn.Module, **changed: Any) -> Any:
-    """A copy of `module` that holds the same things but those `changed`: parameters, hooks and what is in it."""
+    """A shallow copy of `module`: the same parameters, hooks and submodules, but for the attributes in `changed`."""
     made = object.__new__(type(module))
     made.__dict__.update(vars(module), **changed)
     return made

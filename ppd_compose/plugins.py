@@ -30,6 +30,7 @@ class Plugins:
         TypeError: an object without a single hook, a misspelt hook, a hook with an argument that it does not get, a
             method with the name of a hook that is not marked as one, an object that cannot be hashed, or one among the
             others that drafts.
+        ValueError: more than `MAX_DRAFTERS`, two of one name, or an object that was given twice.
     """
 
     def __init__(self, drafters: Sequence[Any], others: Sequence[Any]) -> None:

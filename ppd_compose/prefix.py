@@ -43,8 +43,8 @@ def as_prefix(given: object) -> Tensor:
 
 
 def refuse_huge(states: Tensor, what: str) -> None:
-    """Raise `ValueError` for numbers with which a forward may make NaN, of which rows that see nothing of them get some
-    too."""
+    """Raise `ValueError` for NaN or values beyond `HUGE`: a forward may make NaN of them, which spreads even to rows
+    that the mask hides them from."""
     if is_huge(states):
         raise ValueError(f"{what} NaN or values beyond {HUGE:g}: the file is damaged or training diverged")
 

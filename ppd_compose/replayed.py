@@ -111,7 +111,8 @@ class Replayed:
 
     @property
     def _waits_by_itself(self) -> bool:
-        """Whether a copy from the host has read all of it before the host goes on, though it need not wait."""
+        """Whether a copy that does not block has read ordinary memory of the host when it returns, as CUDA's has: the
+        source may be written over at once."""
         return self.device.type == "cuda"
 
     def _made(self, recorded: Recorded, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _Recording:

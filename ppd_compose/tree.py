@@ -37,7 +37,8 @@ class TokenTree:
 
     @classmethod
     def of(cls, tokens: ArrayLike, parents: ArrayLike, log_probs: ArrayLike) -> TokenTree:
-        """From plain lists or arrays `[nodes]`, root first: whole numbers, and claims of whole paths."""
+        """From plain lists or arrays `[nodes]`, root first: whole numbers, and claims of whole paths. What they say is
+        checked by the loop, which raises `MalformedDraft`."""
         ints = np.int64
         words = np.asarray(tokens, ints)
         return cls(words, np.asarray(parents, ints), np.asarray(log_probs, float), np.zeros(words.shape, ints))
@@ -50,11 +51,13 @@ class TokenTree:
 
     @classmethod
     def product(cls, root: int, tokens: Sequence[ArrayLike], log_probs: Sequence[ArrayLike], size: int) -> TokenTree:
-        """The `size` likeliest nodes when every depth is guessed on its own.
+        """The `size` likeliest nodes, the root among them, when every depth is guessed on its own.
 
         Args:
+            root: its token.
             tokens: `[depth][rank]` int64, the best first.
             log_probs: `[depth][rank]` floats, the claim for each token, whatever stands before it.
+            size: most nodes.
         """
         costs, offset = np.zeros(1), 0
         levels = [(np.array([root]), np.array([-1]), costs)]

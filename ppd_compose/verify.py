@@ -29,8 +29,8 @@ from .tree import Appended, Bools, Ints, TokenTree, stacked_parents
 
 @dataclass(frozen=True)
 class Context:
-    """What is cached: `length` columns, and in front of them prefixes, the first one first: how many columns each has,
-    and the source of the appended rows that alone see it."""
+    """What a forward sees of the past: `length` columns of the cache, and in front of them `prefixes`, in order. Each
+    is told by how many columns it has, and the source of the only appended rows that see it."""
 
     length: int
     flags: Tensor  # bool [length or more], False for padding; those behind `length` do not count yet
@@ -48,7 +48,7 @@ class Context:
         return self.flags[: self.length]
 
     def positions(self, depths: Ints) -> Ints:
-        """Of rows below what is cached, at `depths` `[rows]` among them `[rows]`."""
+        """Position ids `[rows]` of rows at these `depths` `[rows]` of a tree below what is cached."""
         return self.tokens + depths
 
     def grown(self, tokens: int) -> Context:
@@ -86,8 +86,8 @@ def verify(
 ) -> Verified:
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
-    `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand
-    at the end and are seen by none. Waits for the device, and once that was told all calls `meanwhile` first.
+    `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand at the end
+    and are seen by none. Launches the forward, calls `meanwhile` while the device computes, then waits for it.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
@@ -99,10 +99,9 @@ def verify(
     meanwhile()
     wait(forward.device)
     count(cache, len(rows))
-    # What was recorded is written over by the next forward.
-    own = torch.clone if memory else torch.detach
-    logits, *answers = own(out.logits[0, : sum(sizes)]).split(sizes)
-    states = {layer: own(told) for layer, told in states_of(out, layers).items()}
+    keep = torch.detach if memory is None else torch.clone  # what a recorded one left is written over by the next
+    logits, *answers = keep(out.logits[0, : sum(sizes)]).split(sizes)
+    states = {layer: keep(state) for layer, state in states_of(out, layers).items()}
     picks = out.picks[: len(tree)].tolist() if memory else None
     return Verified(logits, list(answers), states, len(rows), picks)
 

@@ -66,8 +66,8 @@ class Worth:
         return self.ledgers[rows.source].kept if rows.source in self.ledgers else 1.0
 
     def promise(self, step: Step, appended: Sequence[Appended], stops: Floats) -> None:
-        """Remember what the rows that ride along promise where acceptance ends: `stops` `[nodes]` are the chances of
-        that, which gains contain."""
+        """Remember, by node, how many tokens the rows below it promise should acceptance end there. A gain is that
+        promise times the chance that acceptance ends there, `stops` `[nodes]`, so gains are divided by it."""
         promises = {
             rows.source: np.bincount(rows.nodes, rows.gains, len(stops)) / np.maximum(stops, 1e-9)
             for rows in appended

@@ -34,7 +34,7 @@ def test_all_code_runs_in_order(monkeypatch, capsys, tmp_path):
         exec(compile(block, "README.md", "exec"), names)
     assert len(BLOCKS) >= 2
     # What the README says that the faulty drafter gets is what it gets.
-    shown = re.search(r"^    (drafter 'again'.*), \.\.\.$", README, re.MULTILINE)
+    shown = re.search(r"^    (drafter 'late'.*), \.\.\.$", README, re.MULTILINE)
     assert shown.group(1) in capsys.readouterr().out
     ids = torch.randint(2, 50, (1, 9))
     expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
