@@ -27,7 +27,7 @@ MOST = 256  # successors of a token, or tokens of a path
 
 
 @dataclass
-class Said:
+class Successors:
     """What one base said: after each token the likeliest, and how often such guesses were right."""
 
     tokens: Ints  # [vocab, width]
@@ -36,7 +36,7 @@ class Said:
     guesses: Floats  # [bins of chances]
 
     @classmethod
-    def nothing(cls, vocab: int, width: int) -> Said:
+    def nothing(cls, vocab: int, width: int) -> Successors:
         """At first, with chances as the prior has them."""
         middle = np.sqrt(np.array([0.01, *EDGES]) * np.array([*EDGES, 1.0]))
         shape = vocab, width
@@ -106,17 +106,18 @@ class TokenRecycling:
 
     def reset(self) -> None:
         """Forget all that was seen."""
-        self.of: WeakKeyDictionary[nn.Module, Said] = WeakKeyDictionary()  # by the embedding, which compositions share
+        # By the embedding, which compositions share.
+        self.of: WeakKeyDictionary[nn.Module, Successors] = WeakKeyDictionary()
 
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Find what this base said before, and take up which token follows which in the prompt."""
         embedding: nn.Module = model.get_input_embeddings()
-        said = self.of.get(embedding)
-        if said is None or len(said.tokens) != step.vocab_size:  # resized
-            said = self.of[embedding] = Said.nothing(step.vocab_size, self.width)
-        step.memory[self] = said
-        said.read(step.ids)
+        successors = self.of.get(embedding)
+        if successors is None or len(successors.tokens) != step.vocab_size:  # resized
+            successors = self.of[embedding] = Successors.nothing(step.vocab_size, self.width)
+        step.memory[self] = successors
+        successors.read(step.ids)
 
     @hookimpl
     def extend(self, step: Step, tree: TokenTree) -> TokenTree | None:
@@ -129,22 +130,22 @@ class TokenRecycling:
         was asked for guesses after the likeliest others."""
         if step.tree is None:
             return
-        said: Said = step.memory[self]
-        said.judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
+        successors: Successors = step.memory[self]
+        successors.judge(step.tree.tokens[step.path], step.ids[-len(step.path) :])
         rows = _worth_reading(step.tree, step.path, READ if self.name in step.drafting else 0)
         read = logits.index_select(0, torch.tensor(rows, device=logits.device))  # four times as fast as logits[rows]
         claims, best = on_host(*for_host(*best_tokens(read.float(), self.width)))
         words, width = step.tree.tokens[rows], best.shape[1]
-        said.tokens[words, :width] = best
-        said.chances[words, :width] = np.exp(claims)
+        successors.tokens[words, :width] = best
+        successors.chances[words, :width] = np.exp(claims)
 
-    def _grown(self, said: Said, tree: TokenTree, size: int) -> TokenTree | None:
+    def _grown(self, successors: Successors, tree: TokenTree, size: int) -> TokenTree | None:
         """`tree` and, below its nodes, the likeliest `size` successors of successors; None when there are none."""
         levels: list[tuple[Ints, Ints, Floats]] = []
         begun = np.maximum(tree.log_probs, NEVER)
         tokens, claims, rows, total = tree.tokens, begun, np.arange(len(tree)), len(tree)
         for _ in range(self.depth):
-            tokens, above, claims = said.after(tokens, claims, self.least, size)
+            tokens, above, claims = successors.after(tokens, claims, self.least, size)
             if not len(tokens):
                 break
             levels.append((tokens, rows[above], claims))

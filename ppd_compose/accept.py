@@ -35,7 +35,7 @@ class MatchPicks:
 
 
 class Picker:
-    """The model's own choice after a node: processors with the node's prefix, then argmax or one draw."""
+    """The model's own choice after a node: processors with the sequence up to it, then argmax or one draw."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class Picker:
         self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32, where kept
 
     def over(
-        self, logits: Tensor, prefix: Callable[[int], Tensor], best: Sequence[int] | None = None
+        self, logits: Tensor, up_to: Callable[[int], Tensor], best: Sequence[int] | None = None
     ) -> Callable[[int], int]:
-        """Picks over one tree: `logits` `[nodes, vocab]`; `prefix(node)` is the sequence `[1, length]` up to it; `best`
+        """Picks over one tree: `logits` `[nodes, vocab]`; `up_to(node)` is the sequence `[1, length]` up to it; `best`
         `[nodes]` are the likeliest tokens, where they are known."""
         if not (self.processors or self.do_sample or self.keeps_scores or self.keeps_logits):
             return _argmax(logits) if best is None else best.__getitem__
-        return lambda node: self._pick(logits[node][None], prefix(node))
+        return lambda node: self._pick(logits[node][None], up_to(node))
 
     def _pick(self, logits: Tensor, ids: Tensor) -> int:
         # A copy: processors may write in place, and the forward's logits must not be kept alive.

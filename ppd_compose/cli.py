@@ -27,6 +27,9 @@ from .options import (
     DeviceOption,
     DraftersOption,
     DtypeOption,
+    EagerOption,
+    GenerateWithOption,
+    JsonOption,
     LengthOption,
     ListingOption,
     PackedOption,
@@ -47,10 +50,8 @@ app = typer.Typer(
 )  # fmt: skip
 train = typer.Typer(no_args_is_help=True, help="Train drafters on a base model's own replies.")
 app.add_typer(train, name="train")
-for kind, command in installed(TRAINING).items():
-    train.command(kind)(command)
-for command in (push, pull, convert):
-    app.command()(command)
+for kind, trainer in installed(TRAINING).items():
+    train.command(kind)(trainer)
 console = Console(stderr=True)
 
 MENDABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError)  # the last: of packages that files need
@@ -117,9 +118,9 @@ def generate(
     max_new_tokens: LengthOption = 256,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of sampling, which it asks for; 0 is greedy. 1 when left out.")
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; 0 is greedy. With --sample alone 1.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     rows: RowsOption = None,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "cpu",
@@ -145,14 +146,14 @@ def plugins(drafters: ListingOption = "ppd") -> None:
     """List the drafters that are installed, and what a composition with one loads, with the hooks of each."""
     from .compose import composition
 
-    table = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
+    kinds = Table("drafter", "class", title="installed drafters")
+    for name, kind in sorted(installed().items()):
+        kinds.add_row(Text(name), Text(f"{kind.__module__}.{kind.__name__}"))
+    hooks = Table("plugin", "hooks", title="what compose(base, drafter) loads, in the order of registration")
     loaded = composition(drafters_of(drafters), [])
     for name, plugin in loaded.manager.list_name_plugin():
-        table.add_row(Text(name), ", ".join(sorted(loaded.hooks_of(plugin))))
-    out = Console()
-    out.print(table)
-    kinds = ", ".join(f"{name} ({kind.__module__}.{kind.__name__})" for name, kind in installed().items())
-    out.print(f"installed drafters: {kinds}", markup=False)
+        hooks.add_row(Text(name), ", ".join(sorted(loaded.hooks_of(plugin))))
+    Console().print(kinds, hooks)
 
 
 @app.command()
@@ -161,21 +162,16 @@ def bench(
     per_category: CountOption = None,
     max_new_tokens: LengthOption = 128,
     drafters: DraftersOption = None,
-    generate_with: Annotated[
-        list[str] | None, typer.Option(help="One more contender: generate with name=value. Repeatable.")
-    ] = None,
+    generate_with: GenerateWithOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="A question counts the medians of its rounds.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 0.0,
     all_turns: AllTurnsOption = False,
     rows: RowsOption = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Also write the result there; begun anew it resumes."),
-    ] = None,
+    json_file: JsonOption = None,
     base: BaseOption = "demo",
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "cpu",
-    eager: Annotated[bool, typer.Option("--eager", help="Compose as is, also beside the next three.")] = False,
+    eager: EagerOption = False,
     packed: PackedOption = False,
     compile: CompileOption = False,
     regions: RegionsOption = False,
@@ -245,3 +241,7 @@ def report(
 
     write_report(results, out)
     print(out)
+
+
+for command in (push, pull, convert):
+    app.command()(command)

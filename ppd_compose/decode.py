@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,6 +22,7 @@ from .cache import commit, recording, undone, with_cache
 from .check import check_path
 from .drafting import Drafting
 from .forward import forward_of
+from .growing import Growing
 from .lineage import ancestors
 from .plugins import Plugins
 from .stats import Stats
@@ -71,7 +72,7 @@ class Decoding:
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
         # What is done while a device computes takes no time of its own.
-        self.beside = "meanwhile" if model.device.type == "cpu" else "verify"
+        self.catch_up_stage = "meanwhile" if model.device.type == "cpu" else "verify"
 
     def run(self) -> Tensor:
         """Decode and return the sequence `[1, length]`, on the device of the prompt."""
@@ -131,10 +132,12 @@ class Decoding:
         return Verified(out.logits[0, -1:], [], last)
 
     def advance(self) -> None:
-        """One step: draft, one forward, and take what the model says."""
+        """One step: draft, append rows, fit all to the budget, verify, take what the model says, and observe."""
+        step, drafting = self.step, self.drafting
         with self.stats.stage("step"):
-            tree, appended = self.drafting.fit(self.step, self.drafting.draft(self.step))
-            self.step.answers = {}  # so that the last forward's logits are gone before there are new ones
+            tree = drafting.draft(step)
+            tree, appended = drafting.fit(step, tree, drafting.append(step, tree))
+            step.answers = {}  # so that the last forward's logits are gone before there are new ones
             # Whatever breaks off, a streamer, a criterion or the user: the cache is to hold nothing that was not said.
             with undone(self.request.cache):
                 verified = self.verify(tree, appended)
@@ -154,7 +157,7 @@ class Decoding:
     def catch_up(self) -> None:
         """Do what was put off, best while the device computes."""
         if self.step.later:
-            with self.stats.stage(self.beside):
+            with self.stats.stage(self.catch_up_stage):
                 self.step.catch_up()
 
     def take(self, tree: TokenTree, appended: dict[Any, Appended], verified: Verified) -> None:
@@ -173,8 +176,8 @@ class Decoding:
     def accept(self, tree: TokenTree, verified: Verified) -> list[int]:
         """Append the accepted tokens one by one, until the path ends or a stopping criterion holds."""
         start = self.sequence.length
-        prefix = partial(self._prefix, tree, start)
-        pick = self.request.picker.over(verified.logits, prefix, verified.picks)
+        up_to = partial(self._up_to, tree, start)
+        pick = self.request.picker.over(verified.logits, up_to, verified.picks)
         path = []
         told = self.hook.accept(step=self.step, tree=tree, logits=verified.logits, pick=pick)
         for node, token in check_path(told, tree, self.step.vocab_size) if self.checks_path else told:
@@ -189,7 +192,7 @@ class Decoding:
                 break
         return path
 
-    def _prefix(self, tree: TokenTree, start: int, node: int) -> Tensor:
+    def _up_to(self, tree: TokenTree, start: int, node: int) -> Tensor:
         """The sequence `[1, length]` up to `node`."""
         tokens = torch.from_numpy(tree.tokens[ancestors(tree.parents)[node]][1:])
         return torch.cat([self.sequence.first(start), tokens[None].to(self.request.ids.device)], dim=1)
@@ -224,27 +227,3 @@ def _rows(told: Tensor, rows: Ints) -> Tensor:
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return told.narrow(0, int(rows[0]), len(rows))
     return told[torch.from_numpy(rows).to(told.device)]
-
-
-class Growing:
-    """A sequence `[1, length]` int64 that grows by one token at a time without being copied at each."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.length = ids.shape[1]
-        self._keep(nn.functional.pad(ids.long(), (0, max(64, self.length))))
-
-    def append(self, token: int) -> None:
-        if self.length == self.buffer.shape[1]:
-            self._keep(torch.cat([self.buffer, torch.zeros_like(self.buffer)], dim=1))
-        self.row[self.length] = token
-        self.length += 1
-
-    def first(self, length: int) -> Tensor:
-        return self.buffer[:, :length]
-
-    def all(self) -> Tensor:
-        return self.first(self.length)
-
-    def _keep(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.row: Any = buffer[0].numpy() if buffer.device.type == "cpu" else buffer[0]  # written fifty times as fast

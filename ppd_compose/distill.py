@@ -5,7 +5,6 @@ Knows the block mask, the rows, their prefix and the divergence. Does not know f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import whole_context, with_cache
-from .loop import Taught
+from .ensemble import average
 from .mask import Attention, layered_mask
+from .training_loop import Taught
 from .verify import only_last, states_wanted
 
 UNIT = 5.0  # keys and values are so much larger than embeddings; an optimiser moves all numbers by like steps
@@ -99,8 +99,7 @@ def _prompt_log_probs(
     """Log-probabilities `[batch, count, n, vocab]` float32, averaged over each prompt token's embeddings."""
     (n, v, _), (size, count) = embeddings.shape, batch.points.shape
     logits = base(**_rows(base, cache, embeddings, prefix, batch)).logits
-    each: Tensor = logits.float().log_softmax(-1).view(size, count, n, v, -1)
-    return each.logsumexp(3) - math.log(v)
+    return average(logits.view(size, count, n, v, -1), 3)
 
 
 @torch.no_grad()

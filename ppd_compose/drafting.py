@@ -7,7 +7,7 @@ Knows the drafters' names, bits and turns. Does not know the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,26 +57,28 @@ class Drafting:
             grown += [more.marked_beyond(tree, self.bits[name]) for more in made]
         return self._merged(step, [*trees, *grown]) if grown else tree
 
-    def fit(self, step: Step, tree: TokenTree) -> tuple[TokenTree, dict[Any, Appended]]:
-        """Ask for appended rows, and cut tree and rows to the budget."""
+    def append(self, step: Step, tree: TokenTree) -> dict[Any, Appended]:
+        """By drafter, in the order given, the rows that it hangs from nodes of `tree`."""
         appended: dict[Any, Appended] = {}
         for name, drafter, append in self.appenders:
             with self.stats.stage(f"append {name}"):
                 for rows in append(step=step, tree=tree):
                     appended[drafter] = check_appended(rows, name, tree).marked(self.bits[name])
                     self._look_at(rows.embeddings, name)
+        return appended
+
+    def fit(
+        self, step: Step, tree: TokenTree, appended: Mapping[Any, Appended]
+    ) -> tuple[TokenTree, dict[Any, Appended]]:
+        """Tree and appended rows, cut to the budget; a drafter of whose rows none is left is left out."""
         with self.stats.stage("fit"):
-            # A row deeper than the room left can never be used, and may lie beyond the model's last position. Behind
-            # that position the root goes on alone, as in plain decoding.
-            blocks: Sequence[Appended] = list(appended.values())
-            if step.room <= step.budget.max_rows:
-                tree, blocks = shallow(tree, blocks, max(step.room - 1, 0))
+            tree, blocks = _within_room(step, tree, list(appended.values()))
             fitted = self.hook.fit(step=step, tree=tree, appended=blocks)
             if self.checks_fitted:
                 names = [name for name, drafter, _ in self.appenders if drafter in appended]
                 fitted = check_fitted(fitted, step, names)
-            tree, cut = fitted
-        return tree, {drafter: rows for drafter, rows in zip(appended, cut, strict=True) if len(rows)}
+            tree, kept = fitted
+        return tree, {drafter: rows for drafter, rows in zip(appended, kept, strict=True) if len(rows)}
 
     def observe(self, step: Step, logits: Tensor) -> None:
         """Let everyone know what became of the step, drafters on their own time."""
@@ -125,3 +127,11 @@ class Drafting:
         with self.stats.stage("merge"):
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
             return check_tree(tree, "merge", step.ids[-1], step.vocab_size) if self.checks_merged else tree
+
+
+def _within_room(step: Step, tree: TokenTree, blocks: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]]:
+    """Without rows deeper than the tokens that may still be generated: they can never be used, and may lie beyond the
+    model's last position. Behind that position the root goes on alone, as in plain decoding."""
+    if step.room > step.budget.max_rows:
+        return tree, blocks
+    return shallow(tree, blocks, max(step.room - 1, 0))

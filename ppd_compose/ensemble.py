@@ -1,6 +1,6 @@
 """What the prompt tokens below one node say: the distributions of each distance's embeddings averaged, and their best.
 
-Knows logits. Does not know prompt tokens, nor which of them were verified.
+Knows logits, and who of an ensemble sees whom. Does not know which prompt tokens were verified.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .top import best_tokens, for_host
+from .tree import Ints
 
 WIDTH = 10  # guesses taken from each distance
 
@@ -34,6 +36,16 @@ def guesses(logits: Tensor, known: Tensor | None = None, *, distances: Sequence[
     return for_host(log_probs, best if known is None else known[best])
 
 
-def average(logits: Tensor) -> Tensor:
-    """Log of the mean distribution `[vocab]` float32 over `logits` `[embeddings, vocab]` (PPD, section 3.2)."""
-    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+def average(logits: Tensor, dim: int = 0) -> Tensor:
+    """Log of the mean distribution, float32, over the embeddings along `dim` of `logits` `[..., vocab]` (PPD, section
+    3.2)."""
+    return logits.float().log_softmax(-1).logsumexp(dim) - math.log(logits.shape[dim])
+
+
+def ensemble_parents(below: Ints, begin: int, n: int, v: int) -> Ints:
+    """Parents `[len(below), n, v]` of prompt tokens that hang from rows `below`, numbered from `begin` on: an embedding
+    sees the same embedding of the prompt tokens before it (the ensemble mask; PPD, section 3.2)."""
+    rows = begin + np.arange(len(below) * n * v).reshape(len(below), n, v)
+    parents: Ints = rows - v
+    parents[:, :1] = below[:, None, None]  # there may be none at all
+    return parents

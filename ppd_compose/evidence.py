@@ -130,20 +130,22 @@ class Evidence:
                 learner.learn(features[among], (met.cumsum() - 1)[choice[among]], right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
-        """For each drafter: did it name the token, with which log-odds, did it name others only, was this its best
-        guess there; then, did several name it."""
+        """What was said of each node `[nodes, drafters x 4 + 1]`. By each drafter: did it name the token, with which
+        log-odds, did it name others only, was this its best guess there; then, did several name it."""
         named: Bools = claims > -np.inf
         above, drafters, flat = np.maximum(parents, 0), claims.shape[1], claims.ravel()
+        # A cell for each node and drafter: what it said of that node's children.
         cells = above if drafters == 1 else (above[:, None] * drafters + np.arange(drafters)).ravel()
         mass = np.bincount(cells, np.exp(flat), claims.size).reshape(claims.shape)
         highest = np.full(claims.size, -np.inf)
         np.maximum.at(highest, cells, flat)
         features = np.zeros((len(claims), 4 * drafters + 1))
-        features[:, 0:-1:4] = named
-        features[:, 1:-1:4] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
-        features[:, 3:-1:4] = named & (flat == highest[cells]).reshape(claims.shape)
+        names_it, log_odds, names_others, is_best = (features[:, at:-1:4] for at in range(4))  # each [nodes, drafters]
+        names_it[:] = named
+        log_odds[:] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
+        is_best[:] = named & (flat == highest[cells]).reshape(claims.shape)
         if drafters > 1:
-            features[:, 2:-1:4] = (mass > 0)[above] & ~named
+            names_others[:] = (mass > 0)[above] & ~named
             features[:, -1] = named.sum(1) > 1
         return features
 

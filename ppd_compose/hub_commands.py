@@ -20,9 +20,9 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit;
 def push(
     folder: FolderArgument,
     repo: RepoArgument,
-    private: Annotated[bool | None, typer.Option(help="Of a repository that is made.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a repository that is made is private.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, made when it is not there.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     custom_generate: Annotated[
         bool, typer.Option("--custom-generate", help="Let model.generate(custom_generate=REPO) decode with it.")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .accuracy import marginal_gains
 from .hookspecs import hookimpl
 from .lineage import row_depths
-from .prompt import PromptTokens, marginal_gains
+from .prompt import PromptTokens
 from .step import Step
 from .tree import Appended, Floats, Ints, TokenTree
 

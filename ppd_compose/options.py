@@ -34,22 +34,36 @@ DraftersOption = Annotated[
     list[str] | None,
     typer.Option(help="One composition: drafters joined by '+', or 'none'. Repeatable; 'ppd' when left out."),
 ]
-CountOption = Annotated[int | None, typer.Option(min=1, help="Of each category, evenly spread; all when left out.")]
+CountOption = Annotated[int | None, typer.Option(min=1, help="Questions of each category; all when left out.")]
 QuestionsOption = Annotated[
     Path | None, typer.Option(help='JSON lines with "prompt" or "turns", such as Spec-Bench; ours when left out.')
 ]
 LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
-RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; measured when left out.")]
+RowsOption = Annotated[int | None, typer.Option(help="Most rows of a forward; as many as pay here when left out.")]
+GenerateWithOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Also time the base's generate with this argument, such as prompt_lookup_num_tokens=10. Repeatable.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result there. Cut off, the same command given again goes on."),
+]
 AllTurnsOption = Annotated[
     bool, typer.Option("--all-turns", help="Ask the later turns of a conversation too, after the base's answers.")
+]
+EagerOption = Annotated[
+    bool, typer.Option("--eager", help="Time forwards as they are, as when none of these four is given.")
 ]
 PackedOption = Annotated[
     bool, typer.Option("--packed", help="Keep weights a second time, laid out for the CPU's kernels.")
 ]
 CompileOption = Annotated[
-    bool, typer.Option("--compile", help="Compile the verify forward, which takes a minute or two at first.")
+    bool, typer.Option("--compile", help="Compile the verify forward, which takes some minutes at first.")
 ]
 RegionsOption = Annotated[
     bool, typer.Option("--regions", help="Compile layers that are alike once: sooner, and a little slower for good.")

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .accuracy import checked_shares, marginal_gains
 from .adapter import Adapter, read_adapter, write_adapter
 from .card import model_card
-from .ensemble import guesses
+from .ensemble import ensemble_parents, guesses
 from .forward import recorder_of
 from .hookspecs import hookimpl
 from .hub import Shared
@@ -32,7 +33,6 @@ from .step import Answer, Step
 from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
 
-RANKS = 1000  # of guesses whose accuracy is told, at most
 OTHERS = "train others for it by ppd-compose train ppd"
 FEWEST = 4  # candidates that are assumed to be bought when a prompt token's worth is estimated
 
@@ -84,7 +84,7 @@ class PromptTokens(Shared):
         self.identity, self.training = identity, dict(training or {})
         n = embeddings.shape[0]
         self.measured = accuracy is not None
-        self.accuracy = _shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
+        self.accuracy = checked_shares(accuracy if accuracy is not None else [[0.4 * 0.6**i] for i in range(n)], n)
         self._gains: dict[int, Floats] = {}
         self._lendings: Lendings[Replayed] = Lendings()
 
@@ -215,39 +215,8 @@ class PromptTokens(Shared):
 def _below(nodes: int, n: int, v: int) -> tuple[Ints, Ints, Ints]:
     """Embedding, parent and node `[rows]` of each row when all prompt tokens stand below `nodes` nodes; read-only, as
     the next caller gets the same."""
-    rows = np.arange(nodes * n * v).reshape(nodes, n, v)
-    parents = nodes + rows - v
-    parents[:, 0] = np.arange(nodes)[:, None]
-    below = np.tile(np.arange(n * v), nodes), parents.ravel(), np.repeat(np.arange(nodes), n * v)
-    for column in below:
+    parents = ensemble_parents(np.arange(nodes), nodes, n, v).ravel()
+    columns = np.tile(np.arange(n * v), nodes), parents, np.repeat(np.arange(nodes), n * v)
+    for column in columns:
         column.flags.writeable = False
-    return below
-
-
-def _shares(accuracy: Sequence[Sequence[float]], n: int) -> Floats:
-    """`accuracy` `[n, ranks]`, or a `ValueError` saying what it must be."""
-    try:
-        shares: Floats = np.asarray(accuracy, float)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"accuracy must be {n} rows of as many shares each: {error}") from None
-    if (
-        shares.ndim != 2
-        or len(shares) != n
-        or not 1 <= shares.shape[1] <= RANKS
-        or not (abs(shares - 0.5) <= 0.5).all()
-    ):
-        raise ValueError(f"accuracy must be {n} rows of 1 to {RANKS} shares between 0 and 1, got {accuracy!r:.200}")
-    return shares
-
-
-def marginal_gains(accuracy: Floats, nodes: int) -> Floats:
-    """f(k) - f(k - 1) for k = 1 ... n `[n]`, where f(k) is what the best tree of `nodes` candidates is expected to
-    yield from k distances, each guessed on its own (PPD section 4, the price of removing a prompt token)."""
-    claims = np.log(np.clip(-np.sort(-accuracy), 1e-6, 1.0)).tolist()  # of guesses, the likeliest first
-    ranks = [list(range(len(row))) for row in claims]
-    expected = [
-        float(np.exp(TokenTree.product(0, ranks[:k], claims[:k], nodes + 1).log_probs[1:]).sum())
-        for k in range(1, len(claims) + 1)
-    ]
-    gains: Floats = np.maximum(np.diff([0.0, *expected]), 0.0)
-    return gains
+    return columns

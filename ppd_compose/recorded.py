@@ -53,8 +53,8 @@ def seen(columns: int) -> int:
 
 
 @dataclass
-class Told:
-    """What a forward of fixed size is told anew each time: whole numbers, in one copy to the device."""
+class Inputs:
+    """What a forward of fixed size is given anew each time: whole numbers, in one copy to the device."""
 
     numbers: Tensor  # int64, all of them, one behind the other
     begin: int  # columns that all rows see, but for those in front
@@ -63,7 +63,7 @@ class Told:
     front: int  # columns before all others, each seen by some rows
 
     @classmethod
-    def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools) -> Told:
+    def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools) -> Inputs:
         """On the host.
 
         Args:
@@ -77,7 +77,7 @@ class Told:
         numbers = np.concatenate([[begin], words, positions, see.ravel(), front.ravel()]).astype(np.int64)
         return cls(torch.from_numpy(numbers), begin, rows, own, front.shape[1])
 
-    def on(self, numbers: Tensor) -> Told:
+    def on(self, numbers: Tensor) -> Inputs:
         """The same, held by `numbers`."""
         return replace(self, numbers=numbers)
 
@@ -98,7 +98,7 @@ class Told:
         return (*flat, see.view(n, self.own).bool(), front.view(n, self.front).bool())
 
 
-class Said(NamedTuple):
+class Outputs(NamedTuple):
     """What a recorded forward leaves for its caller; nothing else of it is held."""
 
     logits: Tensor  # [1, rows, vocab]
@@ -110,9 +110,9 @@ class Said(NamedTuple):
 class Recording:
     """A forward of fixed size over one memory: the tensors that it reads, and what plays it."""
 
-    told: Told
+    inputs: Inputs
     embeddings: Tensor  # [1, rows, hidden]
-    play: Callable[[], Said]
+    play: Callable[[], Outputs]
 
 
 class Recordings:
@@ -149,62 +149,63 @@ def _memory(device: torch.device, kind: type) -> Memory:
 def play(
     model: Any,
     memory: Memory,
-    told: Told,
+    inputs: Inputs,
     embed: Callable[[Tensor], Tensor],
     wanted: Mapping[str, Any],
-) -> Said:
-    """What `model` says of the rows of `told`, in tensors that the next forward of their number writes over.
+) -> Outputs:
+    """What `model` says of the rows of `inputs`, in tensors that the next forward of their number writes over.
 
     Args:
         embed: gives the rows' embeddings `[1, rows, hidden]` for their words `[rows]`.
         wanted: more keyword arguments of the forward.
     """
-    key = told.rows, told.own, told.front, seen(told.columns), *((k, _fixed(wanted[k])) for k in sorted(wanted))
-    recording = memory.recorded.kept(key, partial(_made, model, memory, told, embed, wanted))
-    recording.told.numbers.copy_(told.numbers, non_blocking=True)
-    recording.embeddings.copy_(embed(recording.told.words))
+    key = inputs.rows, inputs.own, inputs.front, seen(inputs.columns), *((k, _fixed(wanted[k])) for k in sorted(wanted))
+    recording = memory.recorded.kept(key, partial(_made, model, memory, inputs, embed, wanted))
+    recording.inputs.numbers.copy_(inputs.numbers, non_blocking=True)
+    recording.embeddings.copy_(embed(recording.inputs.words))
     return recording.play()
 
 
 def _made(
-    model: Any, memory: Memory, told: Told, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
+    model: Any, memory: Memory, inputs: Inputs, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> Recording:
-    """The forward of the size of `told`, recorded."""
-    now = told.on(told.numbers.to(model.device))
+    """The forward of the size of `inputs`, recorded."""
+    now = inputs.on(inputs.numbers.to(model.device))
     embeddings = embed(now.words)
     with torch.inference_mode(False):  # what was made within could not be written to without
-        mine, held = told.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
+        mine, held = inputs.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
     mine.numbers.copy_(now.numbers)
     held.copy_(embeddings)
-    run = partial(_forward, model, memory, mine, held, seen(told.columns), wanted)
+    run = partial(_forward, model, memory, mine, held, seen(inputs.columns), wanted)
     return Recording(mine, held, memory.recorded.player(run))
 
 
 def _forward(
-    model: Any, memory: Memory, told: Told, embeddings: Tensor, columns: int, wanted: Mapping[str, Any]
-) -> Said:
+    model: Any, memory: Memory, inputs: Inputs, embeddings: Tensor, columns: int, wanted: Mapping[str, Any]
+) -> Outputs:
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
-    begin, _, positions, *_ = told.parts()
-    memory.places, memory.seen = begin + torch.arange(told.own - told.rows, told.own, device=begin.device), columns
+    begin, _, positions, *_ = inputs.parts()
+    memory.seen = columns
+    memory.places = begin + torch.arange(inputs.own - inputs.rows, inputs.own, device=begin.device)
     out = model(
         inputs_embeds=embeddings,
-        attention_mask=Attention.of(model).masks(_seen_by(memory, told, columns)),
+        attention_mask=Attention.of(model).masks(_seen_by(memory, inputs, columns)),
         position_ids=positions[None],
         **with_cache(model, memory.cache),
         return_dict=True,
         **wanted,
     )
-    return Said(out.logits, out.hidden_states, out.logits[0].argmax(-1))
+    return Outputs(out.logits, out.hidden_states, out.logits[0].argmax(-1))
 
 
-def _seen_by(memory: Memory, told: Told, columns: int) -> dict[int | None, Tensor]:
+def _seen_by(memory: Memory, inputs: Inputs, columns: int) -> dict[int | None, Tensor]:
     """Which columns the rows see in layers of each window `[1, 1, rows, columns]`; with one none of those in front."""
-    begin, _, _, see, front = told.parts()
+    begin, _, _, see, front = inputs.parts()
     at = torch.arange(columns, device=begin.device) - begin  # which of those behind what all see
-    inside, own = (at >= 0) & (at < told.own), at.clamp(0, told.own - 1)
-    mine = see.gather(1, own.expand(told.rows, -1)) & inside
-    before = (memory.visible[:columns] & (at < 0)).expand(told.rows, -1)[:, told.front :]
+    inside, own = (at >= 0) & (at < inputs.own), at.clamp(0, inputs.own - 1)
+    mine = see.gather(1, own.expand(inputs.rows, -1)) & inside
+    before = (memory.visible[:columns] & (at < 0)).expand(inputs.rows, -1)[:, inputs.front :]
     seen_by: dict[int | None, Tensor] = {}
     for window in memory.windows:
         if window is None:

@@ -16,9 +16,20 @@ from transformers import PreTrainedModel
 
 from .adapter import check_counts
 from .distill import Batch, Guessed, PromptRows
-from .loop import Recipe, Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable, within_window
 from .prefix import MOST, in_eight_bits, prefix_shape
 from .replies import Reply
+from .training_loop import (
+    Recipe,
+    Taught,
+    dice_of,
+    draw_points,
+    frozen,
+    points_of,
+    replies_of_batch,
+    run,
+    usable,
+    within_window,
+)
 
 RANKS = 10
 

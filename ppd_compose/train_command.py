@@ -38,7 +38,7 @@ def command(
     checkpoint_every: options.CheckpointOption = 100,
     data: options.DataOption = "",
     start_from: Annotated[
-        str | None, typer.Option(help="Adapter to train further; near the mean when left out.")
+        str | None, typer.Option(help="Prompt tokens to train further; else they start near the mean embedding.")
     ] = None,
     device: options.DeviceOption = "cpu",
 ) -> None:

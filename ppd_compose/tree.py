@@ -62,7 +62,7 @@ class TokenTree:
         costs, offset = np.zeros(1), 0
         levels = [(np.array([root]), np.array([-1]), costs)]
         for words, claims in zip(map(np.asarray, tokens), map(np.asarray, log_probs), strict=True):
-            # A path among the best of all has a prefix among the best of its depth, so `size` of each depth suffice.
+            # A path among the best of all continues one among the best of its depth: `size` of each depth suffice.
             above, rank = _in_reach(len(costs), len(words), size)
             paid = costs[above] - claims[rank]
             best = paid.argsort(kind="stable")[:size]

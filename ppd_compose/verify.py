@@ -23,7 +23,7 @@ from .forward import Forward
 from .inplace import count, hide, make_room
 from .lineage import ancestors, row_depths
 from .mask import layered_mask
-from .recorded import Told, play
+from .recorded import Inputs, play
 from .tree import Appended, Bools, Ints, TokenTree, stacked_parents
 
 
@@ -199,8 +199,8 @@ def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wan
     """The same by what was recorded over `memory`, in which the keys and values lie."""
     memory.make_room(len(rows))
     positions, see = context.positions(row_depths(rows.parents)), ancestors(rows.parents)
-    told = Told.of(memory.columns, rows.words(), positions, see, rows.see_in_front(context))
-    return play(forward.model, memory, told, partial(rows.embedded, forward.embed), wanted)
+    inputs = Inputs.of(memory.columns, rows.words(), positions, see, rows.see_in_front(context))
+    return play(forward.model, memory, inputs, partial(rows.embedded, forward.embed), wanted)
 
 
 def _who_sees_whom(forward: Forward, cache: Cache, context: Context, front: Bools, parents: Ints) -> dict[str, Any]:

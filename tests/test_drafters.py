@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.lookup import PromptLookup, Text
-from ppd_compose.integrations.recycling import Said, TokenRecycling
+from ppd_compose.integrations.recycling import Successors, TokenRecycling
 from test_ngram import ngram_table
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 
@@ -132,7 +132,7 @@ def test_recycling_begins_anew_where_the_vocabulary_has_grown():
 @pytest.mark.parametrize("seed", range(5))
 def test_recycling_reads_a_prompt_as_token_after_token(seed):
     dice = random.Random(seed)
-    said, rows = Said.nothing(9, 4), {}
+    said, rows = Successors.nothing(9, 4), {}
     for length in (30, 1, 2, 12):
         ids = [dice.randrange(9) for _ in range(length)]
         said.read(ids)

@@ -18,9 +18,9 @@ from tiny import FAMILIES, VOCAB, prompt, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppd_compose import Budget, Step, TokenTree, compose
-from ppd_compose.loop import dice_of
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
+from ppd_compose.training_loop import dice_of
 
 RECIPE = EagleRecipe(steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1, unrolled=3, vocabulary=40)
 

@@ -13,13 +13,13 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 ORDER = [
     "storage", "hookspecs", "lineage", "tree", "step", "check", "identity", "mask", "paging", "kernels", "packed",
     "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix", "regions", "built", "kept",
-    "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest", "evidence", "worth",
-    "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources", "paired", "drafters",
-    "stats", "measured", "drafting", "decode", "refuse", "saved", "followed", "generation", "compose", "reopened",
-    "testing", "reference", "adapter", "peft_method", "card", "hub", "top", "finish", "ensemble", "prompt", "offline",
-    "prompts", "replies", "checkpoints", "loop", "states", "distill", "train", "train_job", "environment",
-    "demo_base", "loading", "options", "hub_commands", "questions", "bench", "journal", "trace", "bench_job",
-    "report", "profile", "answer", "demo", "train_command", "cli", "__main__",
+    "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest", "evidence", "worth", "asking",
+    "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources", "paired", "drafters", "stats",
+    "measured", "drafting", "growing", "decode", "refuse", "saved", "followed", "generation", "compose", "reopened",
+    "testing", "reference", "adapter", "peft_method", "card", "hub", "top", "finish", "ensemble", "accuracy", "prompt",
+    "offline", "prompts", "replies", "checkpoints", "training_loop", "states", "distill", "train", "train_job",
+    "environment", "demo_base", "loading", "options", "hub_commands", "questions", "bench", "journal", "trace",
+    "bench_job", "report", "profile", "answer", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

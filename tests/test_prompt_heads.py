@@ -6,10 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
-from ppd_compose.integrations.medusa import MedusaHeads, files, train_beside
-from ppd_compose.integrations.medusa.beside import FACTS, TENSORS, PromptHeads
-from ppd_compose.integrations.medusa.command_beside import command
-from ppd_compose.integrations.medusa.train_beside import BesideRecipe, PromptBatches, PromptBlocks, train_prompt_heads
+from ppd_compose.integrations.medusa import MedusaHeads, files
+from ppd_compose.integrations.medusa import train_prompt_heads as training
+from ppd_compose.integrations.medusa.command_prompt_heads import command
+from ppd_compose.integrations.medusa.prompt_heads import FACTS, TENSORS, PromptHeads
+from ppd_compose.integrations.medusa.train_prompt_heads import (
+    PromptBatches,
+    PromptBlocks,
+    PromptHeadsRecipe,
+    train_prompt_heads,
+)
 from safetensors.torch import save_file
 from test_compose import tokenizer
 from test_medusa import FEW, random_heads, same
@@ -25,7 +31,7 @@ from ppd_compose.packed import can_pack
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 
-RECIPE = BesideRecipe(steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1, heads=3, width=8)
+RECIPE = PromptHeadsRecipe(steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1, heads=3, width=8)
 
 
 def prompt_heads(tokens, hidden=32, width=8, seed=0, distances=None):
@@ -243,7 +249,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
 def test_killed_at_any_step_it_resumes_to_the_same_heads(tmp_path, monkeypatch, killed_at):
     base = tiny(dtype=torch.float32)
     whole, _ = trained(base, tmp_path / "whole")
-    draw, count = train_beside.replies_of_batch, [0]
+    draw, count = training.replies_of_batch, [0]
 
     def fails(*args):
         count[0] += 1
@@ -251,7 +257,7 @@ def test_killed_at_any_step_it_resumes_to_the_same_heads(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(train_beside, "replies_of_batch", fails)
+    monkeypatch.setattr(training, "replies_of_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         trained(base, tmp_path / "cut")
     count[0] = 99
@@ -328,7 +334,7 @@ def test_published_heads_are_saved_with_those_trained_beside_them(tmp_path, give
     base.config.name_or_path = own
     MedusaHeads(random_heads(), base_name="lmsys/vicuna").save_pretrained(tmp_path / "published")
     medusa, asked = load_drafter(tmp_path / "published"), [Prompt((f"{c}abcdefg",)) for c in "hijkl"]
-    train_beside.train_beside(
+    training.train_medusa_prompt_heads(
         base, tokenizer(), asked, tmp_path / "out", medusa, tokens, RECIPE, base_name=given, held_out=1,
         reply_tokens=12,
     )  # fmt: skip

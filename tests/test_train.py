@@ -17,7 +17,7 @@ from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
 from transformers import AutoModelForCausalLM
 
-from ppd_compose import PromptTokens, compose, load_drafter, loop
+from ppd_compose import PromptTokens, compose, load_drafter, training_loop
 from ppd_compose import replies as replies_module
 from ppd_compose import train as train_module
 from ppd_compose.checkpoints import discard, resume
@@ -332,11 +332,13 @@ def test_the_rate_falls_to_zero_at_the_last_step_of_several_processes_too(tmp_pa
     base, rates = tiny(dtype=torch.float32), []
     mine = replies(base)
     PartialState()._shared_state["num_processes"] = 2  # as far as schedules can tell
-    tell = loop._tell
-    monkeypatch.setattr(loop, "_tell", lambda *told: rates.append(schedules[0].get_last_lr()[0]) or tell(*told))
-    schedules, make = [], loop.get_cosine_schedule_with_warmup
+    tell = training_loop._tell
     monkeypatch.setattr(
-        loop, "get_cosine_schedule_with_warmup", lambda *given: schedules.append(make(*given)) or schedules[-1]
+        training_loop, "_tell", lambda *told: rates.append(schedules[0].get_last_lr()[0]) or tell(*told)
+    )
+    schedules, make = [], training_loop.get_cosine_schedule_with_warmup
+    monkeypatch.setattr(
+        training_loop, "get_cosine_schedule_with_warmup", lambda *given: schedules.append(make(*given)) or schedules[-1]
     )
     train_prompt_tokens(base, mine[:-1], mine[-1:], RECIPE, tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -569,9 +571,9 @@ def test_a_base_on_several_devices_is_not_trained_on(tmp_path):
 
 def test_batches_are_made_on_the_host_whatever_the_default_device():
     mine = [Reply([1, 2, 3], list(range(4, 20)))]
-    expected = make_batch(loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
+    expected = make_batch(training_loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
     with torch.device("meta"):
-        batch = make_batch(loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
+        batch = make_batch(training_loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
     assert torch.equal(batch.points, expected.points)
 
 

@@ -28,7 +28,8 @@ def command(
     only_token: Annotated[bool, typer.Option(help="Train that token's embedding alone.")] = False,
     tokens: Annotated[int, typer.Option(help="Tokens guessed in one forward.")] = 8,
     retained: Annotated[
-        float, typer.Option(help="Of the points with one more token ahead, how many have a further one.")
+        float,
+        typer.Option(help="Share of the points at one distance that are trained at the next too."),
     ] = 0.7,
     steps: options.StepsOption = 1500,
     batch_size: options.BatchOption = 1,

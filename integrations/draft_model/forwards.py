@@ -20,7 +20,7 @@ from ppd_compose.fixed import memory_of
 from ppd_compose.inplace import count, counted, lay_in_place
 from ppd_compose.lineage import ancestors
 from ppd_compose.mask import Attention
-from ppd_compose.recorded import MANY, Told, padded, play
+from ppd_compose.recorded import MANY, Inputs, padded, play
 from ppd_compose.tree import Ints
 
 CHUNK = 512  # tokens of a prompt that are read in one forward
@@ -62,8 +62,8 @@ class Forwards:
         """Tokens that are read in one forward, at most: what is recorded is of few sizes."""
         return CHUNK if memory_of(self.cache) is None else MANY
 
-    def __call__(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Sequence[int], told: int) -> Tensor:
-        """Logits `[told, vocab]` of the last `told` of new rows, behind `length` tokens that were read.
+    def __call__(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Sequence[int], last: int) -> Tensor:
+        """Logits `[last, vocab]` of the `last` ones of new rows, behind `length` tokens that were read.
 
         Args:
             length: columns behind those in front that all rows see; behind them stand guesses looked at before.
@@ -72,8 +72,8 @@ class Forwards:
             parents: of the guesses looked at before, and of all new rows; -1 is the last token that was read.
         """
         if memory_of(self.cache) is None:
-            return self._launched(length, tokens, kinds, np.asarray(parents, np.int64), told)
-        return self._played(length, tokens, kinds, np.asarray(parents, np.int64))[-told:]
+            return self._launched(length, tokens, kinds, np.asarray(parents, np.int64), last)
+        return self._played(length, tokens, kinds, np.asarray(parents, np.int64))[-last:]
 
     def lie_still(self) -> None:
         """Let the KV cache, which holds tokens and no guesses now, lie where forwards are recorded, if any are."""
@@ -84,8 +84,8 @@ class Forwards:
             lay_in_place(self.cache)
             self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool, device="cpu"))
 
-    def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, told: int) -> Tensor:
-        keep: dict[str, Any] = {"logits_to_keep": told} if self._keeps_logits else {}
+    def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, last: int) -> Tensor:
+        keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         model: Any = self.model
         out = model(
             **self._inputs(tokens, self.prompts[torch.from_numpy(kinds)]),
@@ -94,7 +94,7 @@ class Forwards:
             **with_cache(model, self.cache),
             return_dict=True,
         )
-        logits: Tensor = out.logits[0, -told:]
+        logits: Tensor = out.logits[0, -last:]
         return logits
 
     def _played(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints) -> Tensor:
@@ -108,11 +108,11 @@ class Forwards:
         front[len(tokens) : rows] = True
         words = np.concatenate([tokens, kinds, np.zeros(len(idle), int)])
         at = self._standing(length, see.sum(1) - 1)
-        told = Told.of(self.front + length, words, at, see, front)
+        inputs = Inputs.of(self.front + length, words, at, see, front)
         sizes = [len(tokens), len(kinds), len(idle)]
-        said = play(self.model, memory, told, lambda words: self._embedded(*words.split(sizes)), {})
+        outputs = play(self.model, memory, inputs, lambda words: self._embedded(*words.split(sizes)), {})
         count(self.cache, rows)
-        return said.logits[0, :rows]
+        return outputs.logits[0, :rows]
 
     def _embedded(self, tokens: Tensor, kinds: Tensor, idle: Tensor) -> Tensor:
         embed: Tensor = self.model.get_input_embeddings()(tokens)

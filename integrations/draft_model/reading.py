@@ -6,7 +6,6 @@ nor which guesses are worth a look.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ppd_compose.cache import commit
+from ppd_compose.ensemble import average, ensemble_parents
 from ppd_compose.replayed import Replayed
 from ppd_compose.top import best_tokens, for_host, on_host
 from ppd_compose.tree import Floats, Ints
@@ -90,11 +90,11 @@ class Reading:
 
         Returns what is expected after each of them `[rows, 1 + prompts, width]`, as `read` does.
         """
-        told = self._forward(tokens, parents, len(tokens), prompts)
+        ahead = self._forward(tokens, parents, len(tokens), prompts)
         for token, parent in zip(tokens, parents, strict=True):
             self.rows[parent, token] = len(self.parents)
             self.parents.append(parent)
-        return told
+        return ahead
 
     def _settle(self, ids: Sequence[int]) -> None:
         """Take the rows that `ids` holds for read, but not its last token, and drop all others."""
@@ -109,48 +109,40 @@ class Reading:
         self.parents, self.rows = [], {}
 
     def _read(self, tokens: Sequence[int], prompts: int) -> Ahead:
-        told = self._forward(tokens, range(ROOT, len(tokens) - 1), 1, prompts)
+        ahead = self._forward(tokens, range(ROOT, len(tokens) - 1), 1, prompts)
         self.length += len(tokens)
-        return told
+        return ahead
 
     @torch.no_grad()
-    def _forward(self, tokens: Sequence[int], parents: Sequence[int], told: int, prompts: int) -> Ahead:
-        """One forward of new rows and, below each of the last `told` of them, of prompt tokens, whose rows leave the
+    def _forward(self, tokens: Sequence[int], parents: Sequence[int], last: int, prompts: int) -> Ahead:
+        """One forward of new rows and, below each of the `last` ones, of prompt tokens, whose rows leave the
         cache again."""
         n = min(prompts, self.n)
-        below = _hanging(len(self.parents) + len(tokens), told, n, self.v)
-        kinds = np.tile(np.arange(n * self.v), told)
+        rows = len(self.parents) + len(tokens)
+        below = ensemble_parents(np.arange(rows - last, rows), rows, n, self.v).ravel().tolist()
+        kinds = np.tile(np.arange(n * self.v), last)
         above = [*self.parents, *parents, *below]
-        logits = self.forward(self.length, tokens, kinds, above, told + len(below))
+        logits = self.forward(self.length, tokens, kinds, above, last + len(below))
         commit(self.cache, len(below), [])
-        how = {"told": told, "v": self.v, "vocab": self.vocab_size, "width": self.width}
+        how = {"last": last, "v": self.v, "vocab": self.vocab_size, "width": self.width}
         claims, best = on_host(*self.searching(logits, **how))
-        return Ahead(_by_row(best, told), _by_row(claims, told).astype(np.float64))
+        return Ahead(_by_row(best, last), _by_row(claims, last).astype(np.float64))
 
 
-def best_guesses(logits: Tensor, *, told: int, v: int, vocab: int, width: int) -> tuple[Tensor, ...]:
-    """Log-probabilities and tokens `[told + told * n, width]`, `for_host`: of rows, then of their prompt tokens.
+def best_guesses(logits: Tensor, *, last: int, v: int, vocab: int, width: int) -> tuple[Tensor, ...]:
+    """Log-probabilities and tokens `[last + last * n, width]`, `for_host`: of rows, then of their prompt tokens.
 
     Args:
-        logits: `[told + told * n * v, entries]`, of which the first `vocab` may be guessed.
-        told: rows.
+        logits: `[last + last * n * v, entries]`, of which the first `vocab` may be guessed.
+        last: rows.
         v: embeddings of a prompt token, which are averaged.
         vocab: entries that may be guessed.
         width: guesses of each.
     """
     logits = logits[:, :vocab].float()
-    if v > 1 and len(logits) > told:
-        each = logits[told:].log_softmax(-1).view(-1, v, logits.shape[1])
-        logits = torch.cat([logits[:told], each.logsumexp(1) - math.log(v)])
+    if v > 1 and len(logits) > last:
+        logits = torch.cat([logits[:last], average(logits[last:].unflatten(0, (-1, v)), 1)])
     return for_host(*best_tokens(logits, width))
-
-
-def _hanging(rows: int, told: int, n: int, v: int) -> list[int]:
-    """Parents of the rows of prompt tokens, which come after `rows` others, `n` below each of the last `told`: an
-    embedding sees the same embedding of those before it (the ensemble mask; PPD, section 3.2)."""
-    parents = rows + np.arange(told * n * v).reshape(told, n, v) - v
-    parents[:, :1] = np.arange(rows - told, rows)[:, None, None]
-    return [int(parent) for parent in parents.ravel()]
 
 
 def _by_row(best: Any, rows: int) -> Any:

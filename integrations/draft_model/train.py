@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppd_compose.distill import insertion_mask
-from ppd_compose.loop import (
+from ppd_compose.mask import Attention
+from ppd_compose.replies import Reply
+from ppd_compose.training_loop import (
     Recipe,
     Taught,
     dice_of,
@@ -26,8 +28,6 @@ from ppd_compose.loop import (
     usable,
     within_window,
 )
-from ppd_compose.mask import Attention
-from ppd_compose.replies import Reply
 
 ALL, TOKEN = "all", "token"
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose.checkpoints import discard
 from ppd_compose.identity import Identity, called
-from ppd_compose.loop import placed
 from ppd_compose.paired import writing
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
+from ppd_compose.training_loop import placed
 
 from .card import model_card
 from .drafter import DraftModel

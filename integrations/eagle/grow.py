@@ -89,17 +89,20 @@ def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
     depths = row_depths(tree.parents)
     levels = [np.flatnonzero(depths == depth) for depth in range(1, int(depths.max(initial=0)) + 1)]
     leaves = np.setdiff1d(np.arange(len(tree)), tree.parents)
-    *there, last = _on([*levels, *(tree.parents[at] for at in levels), leaves], root.feature.device)
-    ran = np.full(len(tree), -1)
-    feature, hidden = (part.repeat(len(tree), 1) for part in root)
-    for at, nodes, above in zip(levels, there, there[len(levels) :], strict=False):
+    # By what the device's numbers are looked up, in one copy: the nodes of each level, their parents, the leaves.
+    indices = _on([*levels, *(tree.parents[level] for level in levels), leaves], root.feature.device)
+    nodes_there, parents_there, leaves_there = indices[: len(levels)], indices[len(levels) : -1], indices[-1]
+    ran = np.full(len(tree), -1)  # by node, its number among those that were run
+    feature, hidden = (part.repeat(len(tree), 1) for part in root)  # by node
+    for level, nodes, parents in zip(levels, nodes_there, parents_there, strict=True):
         start = len(rows.see)
-        made = rows.level(tree.tokens[at], np.arange(len(at)), feature[above], ran[tree.parents[at]], depths[at])
+        above, ran_above = np.arange(len(level)), ran[tree.parents[level]]
+        made = rows.level(tree.tokens[level], above, feature[parents], ran_above, depths[level])
         feature[nodes], hidden[nodes] = made
-        ran[at] = np.arange(start, start + len(at))
+        ran[level] = np.arange(start, start + len(level))
     # Rounded down, so that no child claims more than its parent did.
     scores = np.nextafter(tree.log_probs[leaves].astype(np.float32), np.float32(-np.inf))
-    return Frontier(Drafted(feature[last], hidden[last]), leaves, ran[leaves], depths[leaves], scores)
+    return Frontier(Drafted(feature[leaves_there], hidden[leaves_there]), leaves, ran[leaves], depths[leaves], scores)
 
 
 def _on(indices: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:

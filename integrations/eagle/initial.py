@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppd_compose.loop import Recipe
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
+from ppd_compose.training_loop import Recipe
 
 from .config import EagleConfig, default_layers
 from .head import Head

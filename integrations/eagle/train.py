@@ -1,7 +1,7 @@
 """Training of EAGLE heads on a base's own replies: `train_eagle`, which `ppd-compose train eagle` calls.
 
 Knows what a batch is and how good the head is at the end. Where a head starts is `initial`, the loss `unroll`, the run
-itself `ppd_compose.loop`.
+itself `ppd_compose.training_loop`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose.checkpoints import discard
 from ppd_compose.finish import OutputHead, refuse_other_logits
 from ppd_compose.identity import Identity
-from ppd_compose.loop import Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
+from ppd_compose.training_loop import Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
 
 from .borrowed import borrow
 from .card import head_card

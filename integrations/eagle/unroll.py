@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ppd_compose.finish import OutputHead
-from ppd_compose.loop import Taught
+from ppd_compose.training_loop import Taught
 
 from .network import Drafted, DraftNetwork, Rows
 

@@ -22,7 +22,7 @@ def command(
     layers: Annotated[int, typer.Option(help="Residual blocks of each head.")] = 1,
     vocabulary: Annotated[int, typer.Option(min=0, help="Most frequent tokens to choose from; 0 is all.")] = 8192,
     kl: Annotated[float, typer.Option(help="Share of the base's own distribution in the loss, 0 to 1.")] = 0.5,
-    decay: Annotated[float, typer.Option(help="Weight of a head's loss, of that of the head before it.")] = 0.8,
+    decay: Annotated[float, typer.Option(help="Weight of a head's loss, as a share of that before it.")] = 0.8,
     steps: options.StepsOption = 1500,
     batch_size: options.BatchOption = 4,
     points: options.PointsOption = 128,

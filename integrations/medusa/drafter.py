@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
+from ppd_compose.accuracy import checked_shares
 from ppd_compose.finish import OutputHead, output_head, refuse_other_logits
 from ppd_compose.forward import recorder_of
 from ppd_compose.hub import Shared
@@ -28,12 +29,12 @@ from ppd_compose.step import Answer
 from ppd_compose.top import on_host
 from ppd_compose.tree import Ints
 
-from .beside import PromptHeads, by_distance
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
 from .heads import Heads, placed
 from .layouts import LAYOUTS
+from .prompt_heads import PromptHeads, by_distance
 from .running import Held, Running
 
 WIDTH = 10  # guesses taken from each head
@@ -83,11 +84,7 @@ class MedusaHeads(Shared):
         self.settings = {"choices": None if choices is None else [list(path) for path in choices]}
         self.identity, self.base_name = identity, identity.name if identity else base_name
         self.training = dict(training or {})
-        self.accuracy = None if accuracy is None else np.asarray(accuracy, float)
-        if self.accuracy is not None and (
-            self.accuracy.ndim != 2 or len(self.accuracy) != len(heads) or not (abs(self.accuracy - 0.5) <= 0.5).all()
-        ):
-            raise ValueError(f"accuracy must be {len(heads)} rows of shares between 0 and 1, got {self.accuracy!r}")
+        self.accuracy = None if accuracy is None else checked_shares(accuracy, len(heads))
         self.calibration = None if calibration is None else checked(calibration, len(heads))
         if prompt_heads is not None and prompt_heads.hidden_size != heads.hidden_size:
             raise ValueError(f"prompt heads of {prompt_heads.hidden_size} numbers beside heads of {heads.hidden_size}")

@@ -20,9 +20,9 @@ from torch import Tensor
 from ppd_compose.paired import read_pair, write_pair
 from ppd_compose.sources import folder_of, lies_whole, read_shards
 
-from .beside import FACTS, TENSORS, PromptHeads, read_prompt_heads, write_prompt_heads
 from .heads import Heads
 from .layouts import read_tensors, wanted, write_tensors
+from .prompt_heads import FACTS, TENSORS, PromptHeads, read_prompt_heads, write_prompt_heads
 
 CONFIG, HEADS, WHOLE = "config.json", "medusa_lm_head.safetensors", "model.safetensors"
 INDEX = ".index.json"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ppd_compose.finish import OutputHead
 from ppd_compose.packed import is_packed, product
 
-from .beside import PromptHeads
+from .prompt_heads import PromptHeads
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Placed:
     heads: Heads
     output: OutputHead | None  # the base's, where the heads have none of their own or prompt heads are there
     embed: Callable[[Tensor], Tensor]  # the base's, of token ids
-    beside: PromptHeads | None = None
+    prompt_heads: PromptHeads | None = None
     packed: bool = False  # output heads are multiplied with by packed copies
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,12 +108,12 @@ class Placed:
         return entry_logits(states, heads.outputs, multiplied).float()
 
     def reread(self, states: Tensor, last: Tensor, root: Tensor) -> Tensor:
-        """What prompt tokens say `[distances, rows, entries]` float32; see `beside.reread`, of which `root` `[rows]`
-        are the tokens."""
-        assert self.beside is not None
+        """What prompt tokens say `[distances, rows, entries]` float32; see `prompt_heads.reread`, of whose arguments
+        `root` `[rows]` are tokens here."""
+        assert self.prompt_heads is not None
         assert self.output is not None
-        like = self.beside.up
-        return self.output(self.beside(states.to(like), last.to(like), self.embed(root).to(like)))
+        like = self.prompt_heads.up
+        return self.output(self.prompt_heads(states.to(like), last.to(like), self.embed(root).to(like)))
 
 
 def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
@@ -128,14 +128,14 @@ def check_tokens(token_map: Tensor, vocab_size: int | None = None) -> None:
         raise ValueError(f"token_map holds tokens {lowest} to {highest}, outside the vocabulary of {vocab_size}")
 
 
-def placed(heads: Heads, beside: PromptHeads | None, model: PreTrainedModel) -> Placed:
-    """Give `heads` and those `beside` them, which are on the model's device, its output head where one of them uses it:
+def placed(heads: Heads, prompt_heads: PromptHeads | None, model: PreTrainedModel) -> Placed:
+    """Give `heads` and `prompt_heads`, which are on the model's device, its output head where one of them uses it:
     referred to, or copied rows of a token map."""
     packed, embed = is_packed(model), cast(Callable[[Tensor], Tensor], model.get_input_embeddings())
-    if heads.outputs and beside is None:
+    if heads.outputs and prompt_heads is None:
         return Placed(heads, None, embed, None, packed)
     output = replace(OutputHead.of(model, heads.token_map), packed=packed)
-    return Placed(heads, output, embed, beside, packed)
+    return Placed(heads, output, embed, prompt_heads, packed)
 
 
 def residual(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

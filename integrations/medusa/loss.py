@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from ppd_compose.finish import OutputHead
-from ppd_compose.loop import Taught
+from ppd_compose.training_loop import Taught
 
 from .heads import residual
 

@@ -19,7 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose.checkpoints import discard
 from ppd_compose.finish import OutputHead, refuse_other_logits
 from ppd_compose.identity import Identity
-from ppd_compose.loop import (
+from ppd_compose.prompts import Prompt
+from ppd_compose.replies import Reply
+from ppd_compose.states import KeptStates, ReplyStates
+from ppd_compose.top import best_tokens
+from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
+from ppd_compose.training_loop import (
     Recipe,
     Taught,
     dice_of,
@@ -30,11 +35,6 @@ from ppd_compose.loop import (
     run,
     usable,
 )
-from ppd_compose.prompts import Prompt
-from ppd_compose.replies import Reply
-from ppd_compose.states import KeptStates, ReplyStates
-from ppd_compose.top import best_tokens
-from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .claims import fitted
@@ -69,7 +69,7 @@ class MedusaRecipe(HeadsRecipe):
 
 
 @dataclass(frozen=True)
-class Told:
+class HeldOut:
     """What held-out replies tell of heads."""
 
     accuracy: list[list[float]]  # [head][10], how often the token at that distance was the guess of that rank
@@ -118,7 +118,7 @@ def train_heads(
     held_out: Sequence[Reply],
     recipe: MedusaRecipe,
     checkpoints: Path,
-) -> tuple[Heads, Told]:
+) -> tuple[Heads, HeldOut]:
     """Heads in float32 that use the base's output head, and what held-out replies tell of them.
 
     The base is frozen for the duration and left as it was; of several processes each moves it to its device. The same
@@ -197,7 +197,7 @@ class Batches:
 
 
 @torch.no_grad()
-def evaluate(blocks: Blocks, output: OutputHead, batches: Batches, replies: Sequence[Reply]) -> Told:
+def evaluate(blocks: Blocks, output: OutputHead, batches: Batches, replies: Sequence[Reply]) -> HeldOut:
     """How often and how surely the heads are right on `replies`; a token outside the vocabulary is a miss."""
     claims, hits = [], []
     for number, reply in enumerate(r for r in replies if points_of(r, batches.recipe, batches.recipe.heads)):
@@ -206,13 +206,15 @@ def evaluate(blocks: Blocks, output: OutputHead, batches: Batches, replies: Sequ
         shape = (*batch.truth.shape, -1)
         claims.append(log_probs.view(shape).cpu())
         hits.append((top.view(shape) == batch.truth[..., None]).cpu())
-    return told_by(torch.cat(claims, 1), torch.cat(hits, 1)) if hits else Told([[0.0] * WIDTH] * batches.recipe.heads)
+    if not hits:
+        return HeldOut([[0.0] * WIDTH] * batches.recipe.heads)
+    return figures_of(torch.cat(claims, 1), torch.cat(hits, 1))
 
 
-def told_by(claims: Tensor, hits: Tensor) -> Told:
+def figures_of(claims: Tensor, hits: Tensor) -> HeldOut:
     """What `claims` `[heads, points, ranks]` and which of them came true tell. A head is asked about what follows
     guesses that were right, so it is calibrated where all heads before it had the token among their guesses."""
     shares = nn.functional.pad(hits.double().mean(1), (0, WIDTH - hits.shape[-1]))
     reached = torch.cat([torch.ones_like(hits[:1, :, 0]), hits.any(-1).cumprod(0)[:-1].bool()])
     pairs = [fitted(claims[k][reached[k]], hits[k][reached[k]]) for k in range(len(hits))]
-    return Told(shares.tolist(), pairs)
+    return HeldOut(shares.tolist(), pairs)

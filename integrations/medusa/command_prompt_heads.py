@@ -1,6 +1,6 @@
 """`ppd-compose train prompt-heads`: its options, and what it prints.
 
-Knows typer. The training is `train_beside`, which is imported only when the command runs.
+Knows typer. The training is `train_medusa_prompt_heads`, which is imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def command(
     dtype: options.DtypeOption = "bfloat16",
     width: Annotated[int, typer.Option(help="Numbers between a head's two layers.")] = 192,
     kl: Annotated[float, typer.Option(help="Share of the base's own distribution in the loss, 0 to 1.")] = 0.5,
-    decay: Annotated[float, typer.Option(help="Weight of a head's loss, of that of the head before it.")] = 0.8,
+    decay: Annotated[float, typer.Option(help="Weight of a head's loss, as a share of that before it.")] = 0.8,
     steps: options.StepsOption = 1500,
     batch_size: options.BatchOption = 4,
     points: options.PointsOption = 128,
@@ -43,10 +43,10 @@ def command(
     from ppd_compose.prompts import read_prompts
 
     from .drafter import MedusaHeads
-    from .train_beside import BesideRecipe, train_beside
+    from .train_prompt_heads import PromptHeadsRecipe, train_medusa_prompt_heads
 
     asked = read_prompts(prompts)
-    recipe = BesideRecipe(
+    recipe = PromptHeadsRecipe(
         steps, batch_size, points, max_length, learning_rate, decay=decay, seed=seed,
         checkpoint_every=checkpoint_every, kl=kl, width=width,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def command(
             "and prompt tokens"
         )
     loaded = load_base(base, dtype, device)
-    made = train_beside(
+    made = train_medusa_prompt_heads(
         loaded.model, loaded.tokenizer, asked, out, heads, tokens, recipe, base_name=loaded.name,
         held_out=held_out, reply_tokens=reply_tokens, reply_batch=reply_batch, command=options.command_line(),
         data=data,

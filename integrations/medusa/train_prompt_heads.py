@@ -22,21 +22,21 @@ from ppd_compose.distill import Batch as Inserted
 from ppd_compose.distill import last_states
 from ppd_compose.finish import OutputHead
 from ppd_compose.identity import Identity
-from ppd_compose.loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import KeptStates
 from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
+from ppd_compose.training_loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
 
-from .beside import PromptHeads, reread
 from .card import model_card
 from .drafter import MedusaHeads
 from .loss import Batch, Blocks
-from .train import Batches, Drawn, HeadsRecipe, Told, evaluate
+from .prompt_heads import PromptHeads, reread
+from .train import Batches, Drawn, HeadsRecipe, HeldOut, evaluate
 
 
 @dataclass(frozen=True)
-class BesideRecipe(HeadsRecipe):
+class PromptHeadsRecipe(HeadsRecipe):
     """What decides trained prompt heads, of which there are as many as prompt tokens. `width`: of the layer between."""
 
     batch_size: int = 4
@@ -45,14 +45,14 @@ class BesideRecipe(HeadsRecipe):
     width: int = 192
 
 
-def train_beside(
+def train_medusa_prompt_heads(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     out: Path,
     medusa: MedusaHeads,
     prompt: PromptTokens,
-    recipe: BesideRecipe,
+    recipe: PromptHeadsRecipe,
     *,
     base_name: str | None = None,
     held_out: int = 64,
@@ -103,9 +103,9 @@ def train_prompt_heads(
     held_out: Sequence[Reply],
     prompt: PromptTokens,
     tokens: Tensor | None,
-    recipe: BesideRecipe,
+    recipe: PromptHeadsRecipe,
     checkpoints: Path,
-) -> tuple[PromptHeads, Told]:
+) -> tuple[PromptHeads, HeldOut]:
     """Prompt heads in float32 that use the base's output head, of it the rows of `tokens` `[entries]` int64 or all, and
     what held-out replies tell of them. The base is frozen for the duration and left as it was."""
     recipe = within_window(recipe, base, recipe.heads)
@@ -139,7 +139,7 @@ class PromptBatches(Batches):
     with the reply's own, so that every epoch draws from them."""
 
     def __init__(
-        self, base: PreTrainedModel, recipe: BesideRecipe, tokens: Tensor | None, prompt: PromptTokens
+        self, base: PreTrainedModel, recipe: PromptHeadsRecipe, tokens: Tensor | None, prompt: PromptTokens
     ) -> None:
         super().__init__(base, recipe, tokens)
         self.base, self.prompt = base, prompt
@@ -166,7 +166,7 @@ class PromptBlocks(Blocks):
     """Prompt heads in training: float32 parameters, products in the base's dtype. They begin as what the prompt tokens
     say themselves."""
 
-    def __init__(self, recipe: BesideRecipe, hidden: int) -> None:
+    def __init__(self, recipe: PromptHeadsRecipe, hidden: int) -> None:
         nn.Module.__init__(self)
         dice = torch.Generator("cpu").manual_seed(recipe.seed)
         down = torch.randn(recipe.heads, 3 * hidden, recipe.width, generator=dice, device="cpu")
