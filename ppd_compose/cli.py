@@ -129,15 +129,15 @@ def generate(
     regions: RegionsOption = False,
 ) -> None:
     """Write the answer to standard output as it is decoded, and what it took to standard error."""
-    from .answer import answer
     from .compose import compose
+    from .streamed import stream_answer
 
     loaded = load_base(base, dtype, device)
     heat = temperature if temperature is not None else float(sample)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
     how = compiling(compile, regions)
     model = compose(loaded.model, *drafters_of(drafters), budget=rows, packed=packed, compile=how)
-    stats = answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
+    stats = stream_answer(model, loaded.tokenizer, prompt, max_new_tokens, seed, sampling)
     console.print(f"[dim]{stats.tokens} tokens, {stats.tokens_per_forward:.2f} per forward[/]", highlight=False)
 
 

@@ -18,7 +18,7 @@ from .budget import Budget
 from .drafters import load_drafter
 from .evidence import Evidence
 from .followed import Apart, Followed
-from .forward import chosen
+from .forward import make_forward
 from .generation import Composed
 from .mask import refuse_attention
 from .measured import Watch
@@ -81,7 +81,7 @@ def compose(
     loaded = composition([_drafter(each) for each in drafters], others, calibration)
     loaded.hook.prepare(model=base)
     model = _sharing(base)
-    model.forwards = chosen(model, base, packed, compile)
+    model.forwards = make_forward(model, base, packed, compile)
     model.followed = Apart(base) if packed or compile else Followed(base)
     model.plugins, model.stats = loaded, Stats(tuple(loaded.drafters))
     model.budget, model.watch = given, watch

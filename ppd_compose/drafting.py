@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .changes import state_of
 from .check import check_answer, check_appended, check_embeddings, check_fitted, check_tree
-from .packed import state_of
 from .plugins import Plugins
 from .stats import Stats
 from .step import Step

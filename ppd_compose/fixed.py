@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .inplace import counted, in_place_layers
-from .replayed import Recorded
+from .replayed import RecordingStore
 from .written import Extent, InPlaceLayer, WindowLayer
 
 FEWEST = 512  # columns that there is room for
@@ -24,11 +24,11 @@ class Memory:
     """Room for the keys and values of one sequence at a time, and what was recorded of forwards that use it.
 
     Args:
-        recorded: keeps these recordings.
+        store: keeps recordings of forwards over it.
     """
 
-    def __init__(self, recorded: Recorded) -> None:
-        self.recorded = recorded
+    def __init__(self, store: RecordingStore) -> None:
+        self.store = store
         self.stacks: dict[tuple[int, int], Tensor] = {}  # by heads and size [tensors, 1, heads, columns, size]
         self.visible = torch.zeros(0, dtype=torch.bool)  # [columns], False for padding
         self.windows: list[int | None] = []  # that the layers have; here all lie whole, and masks cut them
@@ -90,7 +90,7 @@ class Memory:
         there = {kind: len(stack) for kind, stack in self.stacks.items()}
         if counts == there and columns <= self.room and {like.dtype} == {s.dtype for s in self.stacks.values()}:
             return
-        self.recorded.forget()  # before what they read is gone
+        self.store.forget()  # before what they read is gone
         self.stacks = {}
         room = max(FEWEST, 1 << (columns - 1).bit_length()) + 1
         with torch.inference_mode(False):  # what was made within could not be written to without

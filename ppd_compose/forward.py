@@ -25,7 +25,7 @@ from .inplace import in_place_layers, lay_in_place, put_in_front
 from .kernels import is_slow
 from .mask import Attention
 from .packed import can_pack, is_packed, pack
-from .recorded import STEPS, Recordings, can_record, padded
+from .recorded import STEPS, FixedMemories, can_record, recorded_rows
 from .recorders import RECORDERS, Recorder
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -43,7 +43,7 @@ class Forward:
     model: Any
     compiled: bool = False
     regions: bool = False  # it is compiled by regions, where that can be
-    recordings: Recordings = field(default_factory=Recordings)  # of its forwards, where they are recorded
+    memories: FixedMemories = field(default_factory=FixedMemories)  # where its forwards are recorded
 
     @cached_property
     def device(self) -> torch.device:
@@ -69,7 +69,7 @@ class Forward:
         place, as torch would make a graph of its own for a single row and for keys and values that fill their memory.
         """
         if memory_of(cache) is not None:
-            return padded(rows) - rows
+            return recorded_rows(rows) - rows
         return int(self.compiled and (rows == 1 or len(in_place_layers(cache)) < len(cache.layers)))
 
     @contextmanager
@@ -85,7 +85,7 @@ class Forward:
         if prefixes:
             put_in_front(cache, prefixes)
         fixed = self.recorded and len(in_place_layers(cache)) == len(cache.layers)
-        with self.recordings.lent(self.model, cache, visible) if fixed else nullcontext():
+        with self.memories.lent(self.model, cache, visible) if fixed else nullcontext():
             yield
 
     @property
@@ -108,7 +108,7 @@ class Forward:
         return "packed" if is_packed(self.model) else "eager"
 
 
-def chosen(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str) -> Forward:
+def make_forward(model: Any, base: PreTrainedModel, packed: bool, compile: bool | str) -> Forward:
     """The way that was asked for, made ready for `model`, composed of `base`; its submodules may be replaced.
 
     Raises `ValueError` when weights cannot be packed here, `compile` is a word that means nothing, or what would be

@@ -25,7 +25,7 @@ RIVALS = ("adapter_config.json", "*_origin.json", "*.index.json", "*.safetensors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class Shared:
+class PushesToHub:
     """What drafters with files share: `push_to_hub`, by their own `save_pretrained`."""
 
     def push_to_hub(
@@ -71,7 +71,7 @@ def push_folder(
     token: str | None = None,
     custom_generate: bool = False,
 ) -> str:
-    """Upload the files of `folder` in one commit, as `Shared.push_to_hub`: all of them arrive, or none.
+    """Upload the files of `folder` in one commit, as `PushesToHub.push_to_hub`: all of them arrive, or none.
 
     With `custom_generate` the repository gets a `custom_generate/generate.py`, so that
     `model.generate(custom_generate=repo_id, trust_remote_code=True)` decodes with it, with nothing else to write.

@@ -64,7 +64,7 @@ def convert(
     from .identity import Identity, called
     from .loading import load_base
     from .prompt import PromptTokens
-    from .train_job import refuse_out
+    from .training_setup import refuse_out
 
     refuse_out(out, PromptTokens)
     tokens = PromptTokens.from_pretrained(source, revision=revision)

@@ -43,14 +43,14 @@ class Identity:
                 raise TypeError(f"base.{name} must be a whole number of at least 1, got {getattr(self, name)!r:.60}")
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Identity:
-        """Read the identity off `model`'s input embedding."""
+    def of(cls, model: PreTrainedModel, name: str | None = None) -> Identity:
+        """Read the identity off `model`'s input embedding, under `name` or the one in its configuration."""
         module: Any = model.get_input_embeddings()
         path = next(name for name, found in model.named_modules() if found is module)
-        weight, name = module.weight, str(model.config.name_or_path)
-        if name and Path(name).is_dir():
-            name = called(Path(name))  # a folder of one machine tells nobody else anything
-        return cls(name, weight.shape[1], weight.shape[0], fingerprint(weight), path)
+        weight, known = module.weight, str(model.config.name_or_path)
+        if known and Path(known).is_dir():
+            known = called(Path(known))  # a folder of one machine tells nobody else anything
+        return cls(name or known, weight.shape[1], weight.shape[0], fingerprint(weight), path)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .changes import state_of
 from .kernels import Multiply, can_multiply, multiplier
 from .paging import give_back, page_out
 
@@ -140,18 +141,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() or not plain or not can_multiply(rows.dtype):
         return nn.functional.linear(rows, weight, bias)
     return _linear(rows, [weight], [] if bias is None else [bias])
-
-
-def state_of(tensor: Tensor) -> tuple[int, int]:
-    """What changes when `tensor` is written in place or given other memory. Tensors of inference mode do not count how
-    often they are written, nor do writes by way of `.data`."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
-
-
-def state_of_layer(layer: Any) -> tuple[Any, ...]:
-    """The same of a linear layer's weight and bias, with which tensors, where and of which dtype they are."""
-    tensors = [tensor for tensor in (layer.weight, getattr(layer, "bias", None)) if tensor is not None]
-    return tuple((id(tensor), *state_of(tensor), tensor.device, tensor.dtype) for tensor in tensors)
 
 
 def _bring_together(layers: list[Any]) -> None:

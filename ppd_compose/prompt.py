@@ -22,7 +22,7 @@ from .card import model_card
 from .ensemble import ensemble_parents, guesses
 from .forward import recorder_of
 from .hookspecs import hookimpl
-from .hub import Shared
+from .hub import PushesToHub
 from .identity import Identity
 from .paired import digest_of
 from .peft_method import adapter_in
@@ -45,7 +45,7 @@ class Held:
     guessing: Replayed  # `guesses`
 
 
-class PromptTokens(Shared):
+class PromptTokens(PushesToHub):
     """Drafter: `n` prompt tokens of `v` embeddings each (ensemble prompt tokens, EPTs; PPD section 3.2).
 
     Prompt token i below a node stands where the i-th next token would stand and guesses the one after it. The
@@ -206,9 +206,9 @@ class PromptTokens(Shared):
 
     def _guessing(self, model: PreTrainedModel) -> Lending[Replayed]:
         """`guesses` of what the prompt tokens say in `model`, made once while forwards are computed in the same way."""
-        device, record = model.device, recorder_of(model)
-        ready = partial(Replayed.alone, guesses, device, record, "guesses of prompt tokens")
-        return self._lendings.of(model, (device, record is None), lambda: ready)
+        device, make_recorder = model.device, recorder_of(model)
+        ready = partial(Replayed.alone, guesses, device, make_recorder, "guesses of prompt tokens")
+        return self._lendings.of(model, (device, make_recorder is None), lambda: ready)
 
 
 @lru_cache

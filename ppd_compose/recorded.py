@@ -22,7 +22,7 @@ from .cache import with_cache
 from .fixed import Memory
 from .mask import Attention
 from .recorders import RECORDERS
-from .replayed import Lendings, Recorded
+from .replayed import Lendings, RecordingStore
 from .tree import Bools, Ints
 
 FEWEST, MANY = 2, 64  # rows: powers of two from the one to the other, beyond that its multiples
@@ -37,16 +37,16 @@ def can_record(model: Any) -> bool:
     return len(devices) == 1 and not any(map(hooks_of, model.modules()))
 
 
-def padded(rows: int) -> int:
+def recorded_rows(rows: int) -> int:
     """Rows of the forward that takes `rows` of them."""
     return max(FEWEST, 1 << (rows - 1).bit_length()) if rows <= MANY else MANY * -(-rows // MANY)
 
 
 # Where sizes begin and end.
-STEPS = tuple(n for n in range(1, MANY + 1) if n == 1 or n == padded(n) or padded(n - 1) < n)
+STEPS = tuple(n for n in range(1, MANY + 1) if n == 1 or n == recorded_rows(n) or recorded_rows(n - 1) < n)
 
 
-def seen(columns: int) -> int:
+def shown_columns(columns: int) -> int:
     """Columns that a forward sees of which `columns` count: few numbers, so that there are few recordings."""
     block = max(BLOCK, 1 << max((columns - 1).bit_length() - 3, 0))
     return block * -(-columns // block)
@@ -107,7 +107,7 @@ class Outputs(NamedTuple):
 
 
 @dataclass
-class Recording:
+class RecordedForward:
     """A forward of fixed size over one memory: the tensors that it reads, and what plays it."""
 
     inputs: Inputs
@@ -115,8 +115,8 @@ class Recording:
     play: Callable[[], Outputs]
 
 
-class Recordings:
-    """The forwards of one composition that were recorded, each over a memory that stays."""
+class FixedMemories:
+    """The memories that stay, over which forwards of one composition are recorded; a sequence has one to itself."""
 
     def __init__(self) -> None:
         self.lendings: Lendings[Memory] = Lendings()
@@ -143,7 +143,7 @@ class Recordings:
 
 
 def _memory(device: torch.device, kind: type) -> Memory:
-    return Memory(Recorded(partial(RECORDERS[device.type], device), f"forwards of {kind.__name__}"))
+    return Memory(RecordingStore(partial(RECORDERS[device.type], device), f"forwards of {kind.__name__}"))
 
 
 def play(
@@ -159,8 +159,9 @@ def play(
         embed: gives the rows' embeddings `[1, rows, hidden]` for their words `[rows]`.
         wanted: more keyword arguments of the forward.
     """
-    key = inputs.rows, inputs.own, inputs.front, seen(inputs.columns), *((k, _fixed(wanted[k])) for k in sorted(wanted))
-    recording = memory.recorded.kept(key, partial(_made, model, memory, inputs, embed, wanted))
+    sizes = inputs.rows, inputs.own, inputs.front, shown_columns(inputs.columns)
+    key = *sizes, *((name, _fixed(wanted[name])) for name in sorted(wanted))
+    recording = memory.store.kept(key, partial(_made, model, memory, inputs, embed, wanted))
     recording.inputs.numbers.copy_(inputs.numbers, non_blocking=True)
     recording.embeddings.copy_(embed(recording.inputs.words))
     return recording.play()
@@ -168,7 +169,7 @@ def play(
 
 def _made(
     model: Any, memory: Memory, inputs: Inputs, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
-) -> Recording:
+) -> RecordedForward:
     """The forward of the size of `inputs`, recorded."""
     now = inputs.on(inputs.numbers.to(model.device))
     embeddings = embed(now.words)
@@ -176,8 +177,8 @@ def _made(
         mine, held = inputs.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
     mine.numbers.copy_(now.numbers)
     held.copy_(embeddings)
-    run = partial(_forward, model, memory, mine, held, seen(inputs.columns), wanted)
-    return Recording(mine, held, memory.recorded.player(run))
+    run = partial(_forward, model, memory, mine, held, shown_columns(inputs.columns), wanted)
+    return RecordedForward(mine, held, memory.store.player(run))
 
 
 def _forward(

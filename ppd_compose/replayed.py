@@ -23,7 +23,7 @@ Thing = TypeVar("Thing")
 MOST = 64  # recordings that go together: each holds what it gives
 
 
-class Recorded:
+class RecordingStore:
     """What one recorder has recorded, all of which is let go together; what cannot be recorded is computed anew each
     time, with a word.
 
@@ -64,7 +64,7 @@ class Recorded:
         return run
 
 
-class _Recording(NamedTuple):
+class _RecordedCall(NamedTuple):
     given: tuple[Tensor, ...]  # what it reads
     play: Callable[[], tuple[Tensor, ...]]
 
@@ -78,29 +78,31 @@ class Replayed:
     Args:
         run: also takes, by keyword, what a recording takes for given.
         device: where it computes; what is given may be on the host.
-        recorded: where its recordings are kept; None launches it anew each time.
+        store: where its recordings are kept; None launches it anew each time.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], device: torch.device, recorded: Recorded | None) -> None:
-        self.run, self.device, self.recorded = run, device, recorded
+    def __init__(
+        self, run: Callable[..., tuple[Tensor, ...]], device: torch.device, store: RecordingStore | None
+    ) -> None:
+        self.run, self.device, self.store = run, device, store
 
     @classmethod
     def alone(
         cls,
         run: Callable[..., tuple[Tensor, ...]],
         device: torch.device,
-        record: Callable[[], Recorder] | None,
+        make_recorder: Callable[[], Recorder] | None,
         what: str,
     ) -> Replayed:
-        """With recordings of its own, where a recorder is made: see `Recorded`."""
-        return cls(run, device, record and Recorded(record, what))
+        """With recordings of its own, where a recorder is made: see `RecordingStore`."""
+        return cls(run, device, make_recorder and RecordingStore(make_recorder, what))
 
     def __call__(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """What `run` gives."""
-        if self.recorded is None:
+        if self.store is None:
             return self.launched(*given, **fixed)
         key = (id(self), *((tensor.shape, tensor.dtype) for tensor in given), *sorted(fixed.items()))
-        recording = self.recorded.kept(key, partial(self._made, self.recorded, given, fixed))
+        recording = self.store.kept(key, partial(self._made, self.store, given, fixed))
         for mine, theirs in zip(recording.given, given, strict=True):
             mine.copy_(theirs, non_blocking=self._waits_by_itself)
         return tuple(told.clone() for told in recording.play())
@@ -115,12 +117,12 @@ class Replayed:
         source may be written over at once."""
         return self.device.type == "cuda"
 
-    def _made(self, recorded: Recorded, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _Recording:
+    def _made(self, store: RecordingStore, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _RecordedCall:
         with torch.inference_mode(False):  # what was made within could not be written to without
             mine = tuple(torch.empty_like(tensor, device=self.device) for tensor in given)
         for tensor, theirs in zip(mine, given, strict=True):
             tensor.copy_(theirs)
-        return _Recording(mine, recorded.player(partial(self.run, *mine, **fixed)))
+        return _RecordedCall(mine, store.player(partial(self.run, *mine, **fixed)))
 
 
 class Lending(Generic[Thing]):

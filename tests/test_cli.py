@@ -13,8 +13,7 @@ from test_compose import tokenizer
 from tiny import Returns, prompt_tokens, tiny
 from typer.testing import CliRunner
 
-from ppd_compose import PromptTokens, cli, demo_base, load_drafter, profile
-from ppd_compose import answer as answer_module
+from ppd_compose import PromptTokens, cli, demo_base, load_drafter, profile, streamed
 from ppd_compose.identity import Identity
 from ppd_compose.loading import load_base
 from ppd_compose.options import command_line
@@ -214,7 +213,7 @@ def test_profile_refuses_a_picture_of_no_known_kind_before_it_measures(place, tm
 )
 def test_a_temperature_asks_for_sampling(place, monkeypatch, words, sampling):
     given = []
-    monkeypatch.setattr(answer_module, "answer", lambda *a: given.append(a[-1]) or Stats(forwards=1))
+    monkeypatch.setattr(streamed, "stream_answer", lambda *a: given.append(a[-1]) or Stats(forwards=1))
     invoke("generate", "abc", *options(place), "--drafters", "none", "--rows", 1, *words)
     assert given == [sampling]
 

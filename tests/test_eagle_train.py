@@ -276,7 +276,7 @@ def test_from_prompts_to_a_folder(tmp_path, monkeypatch):
 
 
 def test_a_head_that_training_cannot_go_on_from_is_refused_before_replies_are_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    monkeypatch.setattr("ppd_compose.training_setup.own_replies", lambda *a, **k: pytest.fail("replies were made"))
     start = EagleHead(random_head(1))
     with pytest.raises(ValueError, match="of 61 draft tokens and variant 1, the recipe wants 40 and 3"):
         train_eagle(tiny(dtype=torch.float32), Words(), [Prompt(("1 2",))], tmp_path / "head", RECIPE, start=start)
@@ -284,7 +284,7 @@ def test_a_head_that_training_cannot_go_on_from_is_refused_before_replies_are_ma
 
 
 def test_the_index_of_another_head_is_refused_before_replies_are_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    monkeypatch.setattr("ppd_compose.training_setup.own_replies", lambda *a, **k: pytest.fail("replies were made"))
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds model\.safetensors\.index\.json, which would be read instead"):
         train_eagle(tiny(dtype=torch.float32), Words(), [Prompt(("1 2",))], tmp_path, RECIPE, reply_tokens=12)

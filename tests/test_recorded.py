@@ -24,7 +24,7 @@ from ppd_compose import replayed as replayed_module
 from ppd_compose.alternatives import AlwaysAsk
 from ppd_compose.cache import GENERATE_NAME
 from ppd_compose.prefix import prefix_shape
-from ppd_compose.replayed import Recorded, Replayed
+from ppd_compose.replayed import RecordingStore, Replayed
 
 
 class Tape(TorchDispatchMode):
@@ -95,7 +95,7 @@ def taped(monkeypatch):
 
 def memories(model):
     """Those of `model` that are of no generation at the moment."""
-    return [memory for _, lending in model.forwards.recordings.lendings.by_model.values() for memory in lending.free]
+    return [memory for _, lending in model.forwards.memories.lendings.by_model.values() for memory in lending.free]
 
 
 def answer(model, ids=None, tokens=30, **more):
@@ -209,7 +209,7 @@ def drafted(drafter):
     """Recordings of what `drafter` computes by itself."""
     things = [thing for _, lending in drafter._lendings.by_model.values() for thing in lending.free]
     runs = [run for thing in things for run in (thing, *vars(thing).values()) if isinstance(run, Replayed)]
-    return [key for run in runs if run.recorded for key in run.recorded.recordings]
+    return [key for run in runs if run.store for key in run.store.recordings]
 
 
 class Proposed:
@@ -298,8 +298,8 @@ def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(
         ran.append(1)
         return (a * factor + b,)
 
-    recorded = Recorded(lambda: Tape("cpu"), "sums")
-    double = Replayed(run, torch.device("cpu"), recorded)
+    store = RecordingStore(lambda: Tape("cpu"), "sums")
+    double = Replayed(run, torch.device("cpu"), store)
     kept = []
     for size in (1, 2, 3, 1, 2, 3):
         for factor in (2, 3):
@@ -307,7 +307,7 @@ def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(
             (told,) = double(a, b, factor=factor)
             kept.append((told, a * factor + b))
     assert all(torch.equal(told, expected) for told, expected in kept)
-    assert len(recorded.recordings) <= 3
+    assert len(store.recordings) <= 3
     before = len(ran)
     double(a, b, factor=3)
     assert len(ran) == before
@@ -323,7 +323,7 @@ def test_memory_that_grows_is_recorded_anew(taped, monkeypatch):
         assert torch.equal(answer(model, tokens=100), want)
     (memory,) = memories(model)
     assert memory.room == 128
-    assert {columns for _, _, _, columns, *_ in memory.recorded.recordings} > {112}
+    assert {columns for _, _, _, columns, *_ in memory.store.recordings} > {112}
 
 
 def test_a_chat_goes_on_from_a_cache_that_later_answers_leave_alone(taped):
@@ -401,7 +401,7 @@ def test_what_cannot_be_recorded_is_computed_anew_with_a_word(monkeypatch, taped
     with pytest.warns(UserWarning, match="forwards of MixtralForCausalLM cannot be recorded, so each is launched"):
         assert torch.equal(answer(model), answer(base))
     (memory,) = memories(model)
-    assert not memory.recorded.works
+    assert not memory.store.works
     assert torch.equal(answer(model, tokens=60), answer(base, tokens=60))  # without another word
 
 
@@ -430,7 +430,7 @@ def test_recordings_are_few(taped, monkeypatch):
     model = compose(base, with_prefix(base), MedusaHeads(random_heads()), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
     (memory,) = memories(model)
-    assert 1 <= len(memory.recorded.recordings) <= 2
+    assert 1 <= len(memory.store.recordings) <= 2
 
 
 @pytest.mark.parametrize("after", [1, 2, 7])
@@ -462,12 +462,12 @@ def test_a_budget_knows_the_sizes(taped):
     model = compose(tiny(), prompt_tokens(), compile=True)
     model.warmup()
     assert model.budget.rows == (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)
-    assert [recorded.padded(rows) for rows in model.budget.rows] == [2, 2, 4, 4, 8, 8, 16, 16, 32, 32, 64, 64]
-    assert recorded.padded(65) == 128
+    assert [recorded.recorded_rows(rows) for rows in model.budget.rows] == [2, 2, 4, 4, 8, 8, 16, 16, 32, 32, 64, 64]
+    assert recorded.recorded_rows(65) == 128
 
 
 def test_a_forward_sees_few_numbers_of_columns_and_never_many_too_many():
-    sizes = [recorded.seen(n) for n in range(1, 9000)]
+    sizes = [recorded.shown_columns(n) for n in range(1, 9000)]
     assert all(n <= size < max(1.25 * n, n + 256) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 20
 
@@ -547,4 +547,4 @@ def test_cuda_graphs_give_the_tokens_of_the_base(family):
                 ids = prompt(seed=seed).cuda()
                 assert torch.equal(answer(model, ids, tokens), answer(base, ids, tokens))
     (memory,) = memories(model)
-    assert len(memory.recorded.recordings) > 2
+    assert len(memory.store.recordings) > 2

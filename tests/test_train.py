@@ -27,7 +27,8 @@ from ppd_compose.plugins import installed
 from ppd_compose.prompts import Prompt, encode, read_prompts
 from ppd_compose.replies import Reply, own_replies
 from ppd_compose.train import PromptRecipe, first_rows, make_batch, train_prompt_tokens
-from ppd_compose.train_job import refuse_out, split_replies, train_ppd
+from ppd_compose.train_job import train_ppd
+from ppd_compose.training_setup import refuse_out, split_replies
 
 RECIPE = PromptRecipe(num_prompt_tokens=2, ensemble=2, steps=6, batch_size=2, points=5, checkpoint_every=2, warmup=1)
 
@@ -476,7 +477,7 @@ def test_a_place_that_cannot_be_written_is_told_before_replies_are_made(tmp_path
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("ppd_compose.train_job.own_replies", lambda *a, **k: pytest.fail("replies were made"))
+    monkeypatch.setattr("ppd_compose.training_setup.own_replies", lambda *a, **k: pytest.fail("replies were made"))
     base = tiny(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"cannot be written \(.+\): give another folder"):
         train_ppd(base, tokenizer(), [Prompt(("ab",))], tmp_path / place, RECIPE, reply_tokens=12)

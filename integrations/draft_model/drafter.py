@@ -18,8 +18,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.forward import recorder_of
-from ppd_compose.hub import Shared
-from ppd_compose.recorded import Recordings
+from ppd_compose.hub import PushesToHub
+from ppd_compose.recorded import FixedMemories
 from ppd_compose.recorders import Recorder
 from ppd_compose.replayed import Lending, Lendings, Replayed
 
@@ -30,7 +30,7 @@ from .reading import Reading, best_guesses
 from .shared import shared_token, usual_depth
 
 
-class DraftModel(Shared):
+class DraftModel(PushesToHub):
     """Drafter: any smaller causal LM with the base's vocabulary (speculative decoding, arXiv 2211.17192).
 
     A step looks ahead in `forwards` forwards of the draft model. The first reads what is new and expects the next
@@ -80,7 +80,7 @@ class DraftModel(Shared):
         self.prompt_tokens, self.tokenizer, self.shared = prompt_tokens, tokenizer, shared_token(model.config)
         self.n = len(prompt_tokens.embeddings) if prompt_tokens else 0 if self.shared is None else self.depth - 1
         self.follows = False  # to the device of the base
-        self._recordings, self._lendings = Recordings(), Lendings[Replayed]()
+        self._memories, self._lendings = FixedMemories(), Lendings[Replayed]()
         self.origin: Origin | None = None
         self._found: tuple[object, ...] = ()  # what came from there, and how often it was written to
         self.forwards = forwards or self._usual_forwards()
@@ -156,9 +156,9 @@ class DraftModel(Shared):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """No token is read yet: the prompt is read with the first draft."""
         prefix = None if self.prompt_tokens is None else self.prompt_tokens.keys_values
-        record = recorder_of(model, self.model)
-        lend = record and partial(_lend, step.ending, self._recordings, self.model)
-        searching = step.ending.enter_context(self._searching(record).lent())
+        make_recorder = recorder_of(model, self.model)
+        lend = make_recorder and partial(_lend, step.ending, self._memories, self.model)
+        searching = step.ending.enter_context(self._searching(make_recorder).lent())
         step.memory[self] = Reading(self.model, self._prompts(), step.vocab_size, self.width, prefix, lend, searching)
 
     @hookimpl
@@ -176,11 +176,11 @@ class DraftModel(Shared):
             growth.learn(tokens, parents, reading.look(tokens, parents, min(self.n, depth - 2)))
         return growth.tree()
 
-    def _searching(self, record: Callable[[], Recorder] | None) -> Lending[Replayed]:
+    def _searching(self, make_recorder: Callable[[], Recorder] | None) -> Lending[Replayed]:
         """`best_guesses` on the draft model's device."""
         device = self.model.device
-        ready = partial(Replayed.alone, best_guesses, device, record, "guesses of a draft model")
-        return self._lendings.of(self.model, (device, record is None), lambda: ready)
+        ready = partial(Replayed.alone, best_guesses, device, make_recorder, "guesses of a draft model")
+        return self._lendings.of(self.model, (device, make_recorder is None), lambda: ready)
 
     def _usual_forwards(self) -> int:
         if self.prompt_tokens is not None:
@@ -208,9 +208,9 @@ class DraftModel(Shared):
         return weight
 
 
-def _lend(ending: ExitStack, recordings: Recordings, model: PreTrainedModel, cache: Cache, visible: Tensor) -> None:
-    """Let `cache` lie in memory of `recordings` until the sequence ends."""
-    ending.enter_context(recordings.lent(model, cache, visible, given_back=False))
+def _lend(ending: ExitStack, memories: FixedMemories, model: PreTrainedModel, cache: Cache, visible: Tensor) -> None:
+    """Let `cache` lie in memory of `memories` until the sequence ends."""
+    ending.enter_context(memories.lent(model, cache, visible, given_back=False))
 
 
 def _writes(model: PreTrainedModel) -> int:

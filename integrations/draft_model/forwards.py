@@ -20,7 +20,7 @@ from ppd_compose.fixed import memory_of
 from ppd_compose.inplace import count, counted, lay_in_place
 from ppd_compose.lineage import ancestors
 from ppd_compose.mask import Attention
-from ppd_compose.recorded import MANY, Inputs, padded, play
+from ppd_compose.recorded import MANY, Inputs, play, recorded_rows
 from ppd_compose.tree import Ints
 
 CHUNK = 512  # tokens of a prompt that are read in one forward
@@ -101,7 +101,7 @@ class Forwards:
         """Logits of all rows by what was recorded."""
         memory: Any = memory_of(self.cache)
         rows = len(tokens) + len(kinds)
-        idle = np.full(padded(rows) - rows, -1)
+        idle = np.full(recorded_rows(rows) - rows, -1)
         see = ancestors(np.concatenate([parents, idle]))[len(parents) - rows :]
         memory.make_room(len(see))
         front = np.zeros((len(see), self.front), bool)

@@ -21,8 +21,8 @@ from ppd_compose.identity import Identity, called
 from ppd_compose.paired import writing
 from ppd_compose.prompts import Prompt
 from ppd_compose.storage import staged_file
-from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from ppd_compose.training_loop import placed
+from ppd_compose.training_setup import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .drafter import DraftModel
@@ -91,7 +91,7 @@ def train_pard(
     accuracy = train_parallel(model, chosen, replies, held, recipe, checkpoints)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = TrainedDraft(chosen, accuracy)
-    names = (base_name or Identity.of(base).name, called(folder) if Path(draft).is_dir() else str(draft))
+    names = (Identity.of(base, base_name).name, called(folder) if Path(draft).is_dir() else str(draft))
     setattr(model.config, KEYS[0], chosen)
     setattr(model.config, REACH, recipe.tokens)
     model.config.spd_type = "pard"

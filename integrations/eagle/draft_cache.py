@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppd_compose.recorded import MANY, padded, seen
+from ppd_compose.recorded import MANY, recorded_rows, shown_columns
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Recorded, Replayed
+from ppd_compose.replayed import RecordingStore, Replayed
 from ppd_compose.top import best_tokens, for_host, on_host
 from ppd_compose.tree import Bools, Ints
 
@@ -31,21 +31,21 @@ class DraftCache:
 
     Args:
         parts: the head, on its device.
-        record: makes what records its forwards; None: they are launched.
+        make_recorder: makes what records its forwards; None: they are launched.
     """
 
-    def __init__(self, parts: Parts, record: Callable[[], Recorder] | None = None) -> None:
-        self.parts, self.recorded = parts, record and Recorded(record, "forwards of an EAGLE head")
+    def __init__(self, parts: Parts, make_recorder: Callable[[], Recorder] | None = None) -> None:
+        self.parts, self.store = parts, make_recorder and RecordingStore(make_recorder, "forwards of an EAGLE head")
         self.keys: Tensor | None = None  # [kv heads, room, head_dim]
         self.values: Tensor | None = None
         runs = self._pairs, self._candidates, self._children
         self.run_pairs, self.run_candidates, self.run_children = (
-            Replayed(run, parts.device, self.recorded) for run in runs
+            Replayed(run, parts.device, self.store) for run in runs
         )
 
     def clear(self) -> None:
         """Hold nothing of a sequence that has ended."""
-        if self.recorded is None:
+        if self.store is None:
             self.keys = self.values = None
         elif self.keys is not None and self.values is not None:
             # A hidden column counts nothing only where it holds a number.
@@ -60,8 +60,8 @@ class DraftCache:
             tokens: of the pairs.
             features: `[pairs, hidden]`.
         """
-        few = self.recorded is not None and len(tokens) <= MANY
-        idle = padded(len(tokens)) - len(tokens) if few else 0
+        few = self.store is not None and len(tokens) <= MANY
+        idle = recorded_rows(len(tokens)) - len(tokens) if few else 0
         end = at + len(tokens)
         shown = self._room(features, end + idle, few)
         numbers = _whole([first, at, len(tokens) - 1], tokens, [0] * idle)
@@ -84,7 +84,7 @@ class DraftCache:
         """
         rows, own = see.shape
         end = begin + own
-        every = np.zeros((rows, self._room(features, end, self.recorded is not None)), bool)
+        every = np.zeros((rows, self._room(features, end, self.store is not None)), bool)
         every[:, :begin], every[:, begin:end] = True, see
         numbers = _whole([end - rows], tokens, above, positions)
         return Drafted(*self.run_candidates(features, _in_one(numbers, every), rows=rows))
@@ -136,7 +136,7 @@ class DraftCache:
     def _room(self, like: Tensor, columns: int, few: bool) -> int:
         """How many columns the next forward is shown, `columns` of which may count: few numbers, where it is recorded,
         so that there are few recordings. Makes room for them."""
-        shown = seen(columns) if few else columns
+        shown = shown_columns(columns) if few else columns
         if (room := 0 if self.keys is None else self.keys.shape[1]) < shown:
             self._grow(like, max(shown + SPARE, 2 * room))
         return shown
@@ -144,10 +144,10 @@ class DraftCache:
     def _grow(self, like: Tensor, room: int) -> None:
         """Move to larger memory; nothing that was recorded holds then."""
         old: list[Tensor] = [] if self.keys is None else list(self._held())
-        if self.recorded is not None:
-            self.recorded.forget()
+        if self.store is not None:
+            self.store.forget()
         attention: Any = self.parts.network.layer.self_attn
-        new = like.new_empty if self.recorded is None else like.new_zeros
+        new = like.new_empty if self.store is None else like.new_zeros
         with torch.inference_mode(False):  # what was made within could not be written to without
             self.keys, self.values = (new(attention.kv_heads, room, attention.dim) for _ in range(2))
         for mine, theirs in zip(self._held(), old, strict=False):

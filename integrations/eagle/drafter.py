@@ -15,11 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.changes import state_of_layer
 from ppd_compose.finish import refuse_other_logits
 from ppd_compose.forward import recorder_of
-from ppd_compose.hub import Shared
+from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
-from ppd_compose.packed import state_of_layer
 from ppd_compose.replayed import Lending, Lendings
 
 from .borrowed import borrow
@@ -47,7 +47,7 @@ class Memory:
         self.rows.learn([step.hidden_states[layer] for layer in self.layers])
 
 
-class EagleHead(Shared):
+class EagleHead(PushesToHub):
     """Drafter: one decoder layer that reads the base's hidden states and drafts EAGLE-2's dynamic tree.
 
     EAGLE-1/2 heads read the base's last hidden state and use its output head, EAGLE-3 heads read three hidden
@@ -174,10 +174,10 @@ class EagleHead(Shared):
     def _ready(self, model: PreTrainedModel) -> Lending[DraftCache]:
         """The head on the device of `model` and in its dtype, made once while these, and the way of the forwards, stay
         as they are."""
-        record = recorder_of(model)
+        make_recorder = recorder_of(model)
         layers = model.get_input_embeddings(), model.get_output_embeddings()
-        state = [*map(state_of_layer, layers), record is None]
-        return self._lendings.of(model, state, lambda: partial(DraftCache, borrow(self.head, model), record))
+        state = [*map(state_of_layer, layers), make_recorder is None]
+        return self._lendings.of(model, state, lambda: partial(DraftCache, borrow(self.head, model), make_recorder))
 
 
 def _check_sizes(head: Head, base: Identity, vocab_size: int) -> None:

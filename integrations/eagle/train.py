@@ -23,8 +23,8 @@ from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import ReplyStates
-from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from ppd_compose.training_loop import Taught, dice_of, draw_points, frozen, points_of, replies_of_batch, run, usable
+from ppd_compose.training_setup import checkpoints_in, split_replies, training_facts
 
 from .borrowed import borrow
 from .card import head_card
@@ -105,9 +105,8 @@ def train_eagle(
     refuse_other_logits(base)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     head = train_head(base, replies, held, recipe, checkpoints, None if start is None else start.head)
-    identity = Identity.of(base)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
-    head = replace(head, identity=replace(identity, name=base_name or identity.name), training=facts)
+    head = replace(head, identity=Identity.of(base, base_name), training=facts)
     write_head(head, out, card=head_card(head))
     discard(checkpoints)
     return EagleHead(head)

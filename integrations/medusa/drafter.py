@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.accuracy import checked_shares
+from ppd_compose.changes import state_of_layer
 from ppd_compose.finish import OutputHead, output_head, refuse_other_logits
 from ppd_compose.forward import recorder_of
-from ppd_compose.hub import Shared
+from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
-from ppd_compose.packed import state_of_layer
 from ppd_compose.replayed import Lending, Lendings
 from ppd_compose.step import Answer
 from ppd_compose.top import on_host
@@ -40,7 +40,7 @@ from .running import Held, Running
 WIDTH = 10  # guesses taken from each head
 
 
-class MedusaHeads(Shared):
+class MedusaHeads(PushesToHub):
     """Drafter: after the last accepted token, head k guesses the token k after the next one, which is the root.
 
     The heads run once a step, on one hidden state, in the base's dtype and on its device. Nothing is put on the base.
@@ -225,12 +225,12 @@ class MedusaHeads(Shared):
 
     def _ready(self, model: PreTrainedModel) -> Lending[Running]:
         """The heads beside `model`, made once while its output head and the way of its forwards stay as they are."""
-        layer, record = output_head(model), recorder_of(model)
-        state = [*map(state_of_layer, (layer, model.get_input_embeddings())), record is None]
+        layer, make_recorder = output_head(model), recorder_of(model)
+        state = [*map(state_of_layer, (layer, model.get_input_embeddings())), make_recorder is None]
         # A calibration holds for the guesses by which it was found, so no fewer are looked at.
         width = max(self.width, WIDTH)
         return self._lendings.of(
-            model, state, lambda: partial(Running, placed(*self._heads_at(layer.weight), model), width, record)
+            model, state, lambda: partial(Running, placed(*self._heads_at(layer.weight), model), width, make_recorder)
         )
 
     def _heads_at(self, weight: Tensor) -> tuple[Heads, PromptHeads | None]:

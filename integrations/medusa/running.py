@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import Recorded, Replayed
+from ppd_compose.replayed import RecordingStore, Replayed
 from ppd_compose.top import best_tokens, for_host
 
 from .heads import Placed
@@ -23,13 +23,14 @@ class Running:
     Args:
         placed: the heads.
         width: guesses of each head that are searched for.
-        record: makes what records their forwards; None: they are launched.
+        make_recorder: makes what records their forwards; None: they are launched.
     """
 
-    def __init__(self, placed: Placed, width: int, record: Callable[[], Recorder] | None) -> None:
+    def __init__(self, placed: Placed, width: int, make_recorder: Callable[[], Recorder] | None) -> None:
         self.placed, self.width, self.token_map = placed, width, placed.heads.token_map
-        recorded, device = record and Recorded(record, "forwards of Medusa heads"), placed.heads.weight.device
-        self.guesses, self.reread = (Replayed(run, device, recorded) for run in (self._guesses, self._reread))
+        store = make_recorder and RecordingStore(make_recorder, "forwards of Medusa heads")
+        device = placed.heads.weight.device
+        self.guesses, self.reread = (Replayed(run, device, store) for run in (self._guesses, self._reread))
 
     def _guesses(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Logarithms of chances and tokens `[heads, width]`, `for_host`, after `hidden` `[1, hidden]`."""

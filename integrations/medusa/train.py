@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import KeptStates, ReplyStates
 from ppd_compose.top import best_tokens
-from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from ppd_compose.training_loop import (
     Recipe,
     Taught,
@@ -35,6 +34,7 @@ from ppd_compose.training_loop import (
     run,
     usable,
 )
+from ppd_compose.training_setup import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .claims import fitted
@@ -100,8 +100,7 @@ def train_medusa(
     refuse_other_logits(base)
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     heads, told = train_heads(base, replies, held, recipe, checkpoints)
-    identity = Identity.of(base)
-    identity = replace(identity, name=base_name or identity.name)
+    identity = Identity.of(base, base_name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     like = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     made = MedusaHeads(

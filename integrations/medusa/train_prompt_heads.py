@@ -25,8 +25,8 @@ from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
 from ppd_compose.states import KeptStates
-from ppd_compose.train_job import checkpoints_in, split_replies, training_facts
 from ppd_compose.training_loop import Taught, frozen, points_of, replies_of_batch, run, usable, within_window
+from ppd_compose.training_setup import checkpoints_in, split_replies, training_facts
 
 from .card import model_card
 from .drafter import MedusaHeads

@@ -15,14 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
-from ppd_compose.hub import Shared
+from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
 
 from .files import Stored, read_folder, recognises, write_folder
 from .table import Table
 
 
-class NGramTable(Shared):
+class NGramTable(PushesToHub):
     """Drafter: the likeliest continuations by an n-gram model of what the base says, as a tree.
 
     Needs no forward. Other bases with the same tokenizer are served too, by what the counted one tends to say.

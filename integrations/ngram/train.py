@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppd_compose.identity import Identity
 from ppd_compose.prompts import Prompt
 from ppd_compose.replies import Reply
-from ppd_compose.train_job import refuse_out, split_replies, training_facts
+from ppd_compose.training_setup import refuse_out, split_replies, training_facts
 
 from .card import model_card
 from .drafter import NGramTable
@@ -68,8 +68,7 @@ def train_ngram(
     begin = time.monotonic()
     replies, held = split_replies(base, tokenizer, prompts, held_out, reply_tokens, reply_batch)
     table = counted_table(replies, recipe)
-    identity = Identity.of(base)
-    identity = replace(identity, name=base_name or identity.name)
+    identity = Identity.of(base, base_name)
     facts = training_facts(base, asdict(recipe), replies, held, time.monotonic() - begin, command, data)
     made = NGramTable(table, accuracy=evaluate(table, held), identity=identity, training=facts)
     made.save_pretrained(out, card=model_card(made))

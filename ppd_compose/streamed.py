@@ -14,7 +14,7 @@ from .prompts import encode
 from .stats import Stats
 
 
-def answer(
+def stream_answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
