@@ -5,12 +5,11 @@ Knows the text of one sequence as a suffix automaton (Blumer et al., 1985). Need
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
-from itertools import count
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.best_first import best_first
 
 WALK = 64  # suffixes whose counts a token brings up to date, the longest first
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths of a match from which its guesses are counted together
@@ -129,30 +128,26 @@ class Text:
         match = self.link[self.last]
         if match <= 0 or self.length[match] < shortest:
             return
-        heap: list[tuple[float, int, int, int, int, int, int]] = []
-        order = count()  # of equals the first found goes first
-        row, claim, level, state, matched = 0, 0.0, 1, match, self.length[match]
-        while row < size:
-            for token, following, chance in self._after(state, matched) if level <= depth else ():
-                heapq.heappush(heap, (-claim - chance, next(order), token, row, following, matched + 1, level + 1))
-            if not heap:
-                return
-            negative, _, token, parent, state, matched, level = heapq.heappop(heap)
-            row, claim = row + 1, -negative
-            yield token, parent, claim
+        yield from best_first((match, self.length[match]), self._after, self._enter, size, depth)
 
-    def _after(self, state: int, matched: int) -> list[tuple[int, int, float]]:
-        """What followed `state`: (token, state, log of its chance); at the end of the text, what followed its
-        longest ending that occurred before."""
-        if not self.next[state]:
-            state = self.link[state]
-            matched = self.length[state]
-        if state <= 0:
+    def _after(self, at: tuple[int, int]) -> list[tuple[int, float]]:
+        """What followed a state, at the end of a match of that length, with the logarithms of its chances."""
+        state, matched = at
+        if (known := self._repeated(state)) != state:
+            matched = self.length[known]
+        if known <= 0:
             return []
         hits, of = self.counts[_bucket(matched)]
-        following = self.next[state].items()
+        following = self.next[known].items()
         total = sum(max(self.seen[q], 1) for _, q in following)
-        return [(token, q, math.log(hits / of * max(self.seen[q], 1) / total)) for token, q in following]
+        return [(token, math.log(hits / of * max(self.seen[q], 1) / total)) for token, q in following]
+
+    def _enter(self, at: tuple[int, int], token: int) -> tuple[int, int]:
+        return self.next[self._repeated(at[0])][token], at[1] + 1
+
+    def _repeated(self, state: int) -> int:
+        """`state`, or where the text ends there, that of its longest ending that occurred before."""
+        return state if self.next[state] else self.link[state]
 
 
 def _bucket(length: int) -> int:

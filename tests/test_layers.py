@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 # Each module may import only those before it.
 ORDER = [
-    "storage", "hookspecs", "lineage", "tree", "step", "check", "identity", "mask", "paging", "kernels", "changes",
-    "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix", "regions", "built",
-    "kept", "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest", "evidence", "worth",
-    "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources", "paired", "drafters",
-    "stats", "measured", "drafting", "growing", "decode", "refuse", "saved", "followed", "generation", "compose",
-    "reopened", "testing", "reference", "adapter", "peft_method", "card", "hub", "top", "finish", "ensemble",
-    "accuracy", "prompt", "offline", "prompts", "replies", "checkpoints", "training_loop", "states", "distill",
-    "train", "training_setup", "train_job", "environment", "demo_base", "loading", "options", "hub_commands",
-    "questions", "bench", "journal", "trace", "bench_job", "report", "profile", "streamed", "demo", "train_command",
-    "cli", "__main__",
+    "storage", "best_first", "hookspecs", "lineage", "tree", "step", "check", "identity", "mask", "paging", "kernels",
+    "changes", "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix",
+    "regions", "built", "kept", "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest",
+    "evidence", "worth", "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources",
+    "paired", "drafters", "stats", "measured", "drafting", "growing", "decode", "refuse", "saved", "followed",
+    "generation", "compose", "reopened", "testing", "reference", "adapter", "peft_method", "card", "hub", "top",
+    "finish", "ensemble", "accuracy", "prompt", "offline", "prompts", "replies", "checkpoints", "training_loop",
+    "states", "distill", "train", "training_setup", "train_job", "environment", "demo_base", "loading", "options",
+    "hub_commands", "questions", "bench", "journal", "trace", "bench_job", "report", "profile", "streamed", "demo",
+    "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -5,16 +5,15 @@ Knows the hooks. The table is `table`, its file `files`, how it is counted `trai
 
 from __future__ import annotations
 
-import heapq
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ppd_compose import Step, TokenTree, hookimpl
+from ppd_compose.best_first import best_first
 from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
 
@@ -108,20 +107,7 @@ class NGramTable(PushesToHub):
     def propose(self, step: Step) -> TokenTree | None:
         """The likeliest continuations of the text, best first."""
         size = min(self.size, step.budget.max_rows - 1)
-        rows = [(step.ids[-1], -1, 0.0), *self._continuations(tuple(step.ids[-self.table.order :]), size)]
+        order, text = self.table.order, tuple(step.ids[-self.table.order :])
+        found = best_first(text, self.table.after, lambda text, token: (*text, token)[-order:], size, self.depth)
+        rows = [(step.ids[-1], -1, 0.0), *found]
         return TokenTree.of(*zip(*rows, strict=True)) if len(rows) > 1 else None
-
-    def _continuations(self, text: tuple[int, ...], size: int) -> Iterator[tuple[int, int, float]]:
-        """Tokens that may follow, a parent before its children: (token, parent's row, log of the claimed chance)."""
-        heap: list[tuple[float, int, int, int, tuple[int, ...], int]] = []
-        order = count()  # of equals the first found goes first
-        claim, level = 0.0, 0
-        for row in range(size + 1):
-            if level < self.depth:
-                for token, chance in self.table.after(text):
-                    heapq.heappush(heap, (-claim - chance, next(order), token, row, text, level + 1))
-            if not heap or row == size:
-                return
-            negative, _, token, parent, above, level = heapq.heappop(heap)
-            text, claim = (*above, token)[-self.table.order :], -negative
-            yield token, parent, claim
