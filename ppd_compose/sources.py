@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HFValidationError,
@@ -20,7 +19,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from torch import Tensor
 
 
 def folder_of(
@@ -73,13 +71,6 @@ def undamaged(source: str | Path) -> Iterator[None]:
         yield
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{source} is damaged ({error}): fetch or save it again") from error
-
-
-def lies_whole(tensor: Tensor) -> bool:
-    """Whether every entry of `tensor` has a place of its own in memory: a pickle of kilobytes may hold one that repeats
-    an entry, and takes gigabytes as soon as anything is computed of it."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,20 +6,18 @@ are read as tensors only. Does not know what the tensors compute, nor how a head
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ppd_compose.identity import Identity
 from ppd_compose.paired import CARD, read_pair
-from ppd_compose.sources import folder_of, lies_whole, read_shards
+from ppd_compose.sources import folder_of, read_shards
+from ppd_compose.tensor_files import some, tensors_in
 
 from .config import OWN, EagleConfig, parse
 from .head import CONFIG, D2T, EMBEDDING, FORMAT, INDEX, KIND, LM_HEAD, T2D, TENSORS, Head
@@ -96,9 +94,9 @@ def _place(folder: Path) -> Path:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a head under the names of `DraftNetwork`."""
-    found = dict(_sharded(path) if path.name.endswith(".index.json") else _read(path))
+    found = dict(_sharded(path) if path.name.endswith(".index.json") else tensors_in(path))
     if not any(name.startswith(("midlayer.", "layers.0.")) for name in found):
-        raise ValueError(f"{path} holds no draft layer (midlayer.* or layers.0.*), it is no EAGLE head: {_some(found)}")
+        raise ValueError(f"{path} holds no draft layer (midlayer.* or layers.0.*), it is no EAGLE head: {some(found)}")
     renamed = {}
     for name, tensor in found.items():
         for prefix in ("midlayer.", "layers.0."):
@@ -112,25 +110,13 @@ def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of all files that an index names; one that is not where the index says is a `ValueError`."""
     places = read_shards(index)
     for name in sorted(set(places.values())):
-        shard = _read(index.parent / name)
+        path = index.parent / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, {index.name} names it: fetch or save the head again")
+        shard = tensors_in(path)
         if lost := [tensor for tensor, place in places.items() if place == name and tensor not in shard]:
-            raise ValueError(f"{index.parent / name} lacks {_some(lost)}, which {index.name} says it holds")
+            raise ValueError(f"{path} lacks {some(lost)}, which {index.name} says it holds")
         yield from shard.items()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, its index names it: fetch or save the head again")
-    try:
-        pickled = path.suffix == ".bin"
-        found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the head again") from None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"{path} holds other things than tensors by name: it is no EAGLE head")
-    if repeated := [name for name, tensor in found.items() if not lies_whole(tensor)]:
-        raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch the head again")
-    return found
 
 
 def _network(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> dict[str, Tensor]:
@@ -147,9 +133,9 @@ def _network(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) -> 
     if config.version == 3 or config.draft_vocab_size != config.vocab_size:
         allowed[D2T], allowed[T2D] = (config.draft_vocab_size,), (config.vocab_size,)
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{path} lacks {_some(missing)}: fetch or save the head again")
+        raise ValueError(f"{path} lacks {some(missing)}: fetch or save the head again")
     if surplus := sorted(tensors.keys() - allowed.keys()):
-        raise ValueError(f"{path} holds {_some(surplus)}, which no EAGLE-{config.version} head of its {CONFIG} has")
+        raise ValueError(f"{path} holds {some(surplus)}, which no EAGLE-{config.version} head of its {CONFIG} has")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != allowed[name]:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, {CONFIG} promises {allowed[name]}")
@@ -178,8 +164,3 @@ def _target_ids(tensors: Mapping[str, Tensor], config: EagleConfig, path: Path) 
     if t2d is not None and not torch.equal(t2d.bool().nonzero()[:, 0], ids.sort().values):
         raise ValueError(f"{path}: t2d marks other tokens than d2t maps to: the file is damaged")
     return ids
-
-
-def _some(names: Any) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

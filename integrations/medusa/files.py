@@ -6,19 +6,16 @@ of them tensors alone.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ppd_compose.paired import read_pair, write_pair
-from ppd_compose.sources import folder_of, lies_whole, read_shards
+from ppd_compose.sources import folder_of, read_shards
+from ppd_compose.tensor_files import tensors_in
 
 from .heads import Heads
 from .layouts import read_tensors, wanted, write_tensors
@@ -145,31 +142,16 @@ def _heads_file(folder: Path) -> Path:
 def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that belong to heads, or of the shards that an index names."""
     if not path.name.endswith(INDEX):
-        return _load_file(path)
+        return tensors_in(path, wanted)
     places = read_shards(path)
     found: dict[str, Tensor] = {}
     for shard in sorted({places[name] for name in wanted(places)}):
         if not (path.parent / shard).is_file():
             raise FileNotFoundError(f"{path.parent / shard} is missing, {path.name} names it: fetch the folder again")
-        found |= _load_file(path.parent / shard)
+        found |= tensors_in(path.parent / shard, wanted)
     if missing := sorted(set(wanted(places)) - found.keys()):
         raise ValueError(f"{path} promises {missing[0]}, {places[missing[0]]} lacks it: fetch the folder again")
     return found
-
-
-def _load_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in wanted(file.keys())}
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save the heads again") from None
-    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}")
-    if repeated := [name for name, value in held.items() if not lies_whole(value)]:
-        raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch the heads again")
-    return {name: held[name] for name in wanted(held)}
 
 
 def _folder(source: str | Path, revision: str | None, token: str | None) -> Path:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ppd_compose.tensor_files import some
+
 from .heads import Heads, check_tokens
 
 BESIDE_A_BASE = "medusa_head."
@@ -72,7 +74,7 @@ def read_tensors(named: Mapping[str, Tensor], where: str, *, one_output: bool = 
             return name, _read(tensors, layout, *_counted(found, layout, where), where, one_output)
     raise ValueError(
         f"{where} holds no Medusa heads: expected tensors such as 0.0.linear.weight, medusa_head.0.0.linear.weight or "
-        f"blocks.0.layers.0.weight, found {_some(named)}"
+        f"blocks.0.layers.0.weight, found {some(named)}"
     )
 
 
@@ -149,10 +151,10 @@ def _output_names(
 def _compare(tensors: Mapping[str, Tensor], expected: list[str], where: str) -> None:
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ValueError(f"{where} lacks {_some(missing)}: the file is damaged, fetch or save the heads again")
+        raise ValueError(f"{where} lacks {some(missing)}: the file is damaged, fetch or save the heads again")
     surplus = [name for name in tensors if name not in {*expected, TOKEN_MAP}]
     if surplus:
-        raise ValueError(f"{where} holds {_some(surplus)}, which belong to no Medusa head: another layout, or damaged")
+        raise ValueError(f"{where} holds {some(surplus)}, which belong to no Medusa head: another layout, or damaged")
 
 
 def _check(tensor: Tensor, shape: tuple[int | str, ...], what: str) -> None:
@@ -172,8 +174,3 @@ def _stack(tensors: Mapping[str, Tensor], names: list[str], heads: int, layers: 
 
 def _plain(name: str) -> str:
     return name.removeprefix("medusa_heads.").removeprefix(BESIDE_A_BASE)
-
-
-def _some(names: Iterable[str]) -> str:
-    every = sorted(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "") or "nothing"
