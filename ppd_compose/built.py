@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.utils import output_capturing
+
+from .regions import captures
 
 NUMBERS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 PLAIN = (*NUMBERS, FunctionType, BuiltinFunctionType)
@@ -70,7 +71,7 @@ def parts(module: Any, but: Sequence[str] = ()) -> Hashable:
 def hooks_of(module: Any) -> tuple[Hashable, ...]:
     """The hooks of `module` but those by which transformers notes hidden states, which is a part of every graph."""
     hooks = [hook for name in CALLED for hook in getattr(module, name, {}).values()]
-    return tuple(Same(hook) for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__)
+    return tuple(Same(hook) for hook in hooks if not captures(hook))
 
 
 class Same:

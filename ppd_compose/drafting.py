@@ -34,7 +34,7 @@ class Drafting:
         self.extenders = plugins.each_drafter("extend")
         self.appenders = plugins.each_drafter("append")
         self.observers, self.observed = plugins.observers()
-        self.bits = {name: 1 << i for i, name in enumerate(plugins.drafters)}
+        self.bits = plugins.bits
         self.refinable = plugins.drafters if self.hook.refine.get_hookimpls() else {}
         # The default is given checked trees and makes one of them; of what others make nobody knows.
         self.checks_merged, self.checks_fitted = (

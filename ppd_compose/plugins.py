@@ -51,6 +51,11 @@ class Plugins:
         """Call a hook of all plugins."""
         return self.manager.hook
 
+    @property
+    def bits(self) -> dict[str, int]:
+        """By name of a drafter its bit in the sources of nodes and rows."""
+        return {name: 1 << i for i, name in enumerate(self.drafters)}
+
     def each_drafter(self, hook: str) -> list[tuple[str, Any, Callable[..., list[Any]]]]:
         """Name, drafter and a caller of its own `hook` (wrappers of others included), in the order given."""
         every = set(self.drafters.values())
@@ -91,9 +96,8 @@ class Plugins:
 
     def prefixes(self) -> dict[int, Tensor]:
         """What rows that drafters append see before the sequence, by the drafters' bits."""
-        bits = {name: 1 << i for i, name in enumerate(self.drafters)}
         callers = self.each_drafter("prefix")
-        return {bits[name]: check_prefix(told[0], name) for name, _, prefix in callers if (told := prefix())}
+        return {self.bits[name]: check_prefix(told[0], name) for name, _, prefix in callers if (told := prefix())}
 
     def hooks_of(self, plugin: Any) -> list[str]:
         """Names of the hooks that `plugin` implements."""

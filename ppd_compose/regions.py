@@ -145,7 +145,7 @@ def _unnumbered(module: Any) -> Any:
     """A copy of `module` over the same parameters where it or one in it has a number or captures what it returns, and
     the copy does not; else None."""
     inner = {name: _unnumbered(child) for name, child in module._modules.items()}
-    hooks = {key: hook for key, hook in module._forward_hooks.items() if not _captures(hook)}
+    hooks = {key: hook for key, hook in module._forward_hooks.items() if not captures(hook)}
     if NUMBER not in vars(module) and len(hooks) == len(module._forward_hooks) and not any(inner.values()):
         return None
     modules = {name: inner[name] or child for name, child in module._modules.items()}
@@ -155,7 +155,8 @@ def _unnumbered(module: Any) -> Any:
     return made
 
 
-def _captures(hook: Any) -> bool:
+def captures(hook: Any) -> bool:
+    """Whether `hook` is one by which transformers notes hidden states."""
     return getattr(hook, "__module__", "") == output_capturing.__name__
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .identity import weights_digest
@@ -100,12 +101,10 @@ def _without(names: Container[str], config: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ids, mask = (
+        pad_sequence(each, batch_first=True, padding_side="left") for each in (rows, list(map(torch.ones_like, rows)))
+    )
     out = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -113,7 +112,7 @@ def _generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list
         do_sample=False,
         pad_token_id=_pad(model),
     )
-    return [_until_eos(row, _eos(model)) for row in out[:, width:].tolist()]
+    return [_until_eos(row, _eos(model)) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def _eos(model: PreTrainedModel) -> list[int]:

@@ -324,7 +324,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path):
     with pytest.raises(ValueError, match=rf"model-1-of-2.safetensors lacks {next(iter(held))}"):
         read_head(tmp_path)
     (tmp_path / "model-1-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="index.json names it"):
+    with pytest.raises(FileNotFoundError, match=r"index.json names it"):
         read_head(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"fc.weight": "../secret.safetensors"}}')
     with pytest.raises(ValueError, match="has no weight_map from tensors to files beside it"):
