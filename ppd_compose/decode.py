@@ -49,6 +49,7 @@ class Request:
     chunk: int | None  # tokens of one prefill forward
     budget: Budget
     room: int  # tokens that may be generated
+    first: int = 0  # position of the first token
 
 
 class Decoding:
@@ -68,7 +69,9 @@ class Decoding:
         ids = request.ids[0][shown].tolist()
         before = int(request.visible.sum()) - len(ids)
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters), before)
-        self.context = Context.of(request.visible[:-1].cpu())  # less the root, which the first commit adds
+        self.context = Context.of(
+            request.visible[:-1].cpu(), request.first
+        )  # less the root, which the first commit adds
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
         # What is done while a device computes takes no time of its own.
@@ -110,7 +113,7 @@ class Decoding:
         request, start = self.request, self.request.cached
         states: list[dict[int, Tensor]] = []
         new = request.ids[:, -(len(request.visible) - start) :].to(self.model.device)
-        positions = (request.visible.cumsum(0) - 1).clamp(min=0)[None].to(self.model.device)
+        positions = request.first + (request.visible.cumsum(0) - 1).clamp(min=0)[None].to(self.model.device)
         for chunk in new.split(request.chunk or new.shape[1], dim=1):
             end = start + chunk.shape[1]
             seen = request.visible[:end]

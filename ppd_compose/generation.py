@@ -28,6 +28,7 @@ from .forward import Forward
 from .mask import refuse_attention
 from .measured import Watch, measured_budget
 from .plugins import Plugins
+from .positions import first_position
 from .refuse import refuse_arguments, refuse_request, refuse_wrapper
 from .saved import save_composition
 from .stats import Stats
@@ -178,25 +179,27 @@ def _request(
     model_kwargs: dict[str, Any],
 ) -> Request:
     """Bring together what `generate` prepared; the budget is measured here, the first time."""
+    visible, cache = visible_columns(input_ids, config, model_kwargs), model_kwargs[GENERATE_NAME]
+    cached = int(cache.get_seq_length())
+    first = first_position(model, input_ids, visible, cached, model_kwargs)
     if model.budget is None:
         begin = time.time()
         model.budget = measured_budget(model)
         _restart(criteria, time.time() - begin)
     elif model.watch is not None:
         model.budget = model.watch.kept_true(model, model.budget)
-    visible = visible_columns(input_ids, config, model_kwargs)
-    cache = model_kwargs[GENERATE_NAME]
     return Request(
         ids=input_ids,
         cache=cache,
         visible=visible,
-        cached=int(cache.get_seq_length()),
+        cached=cached,
         picker=picker,
         criteria=criteria,
         streamer=streamer,
         chunk=config.prefill_chunk_size,
         budget=model.budget,
-        room=room(model, input_ids, int(visible.sum()), config),
+        room=room(model, input_ids, first + int(visible.sum()), config),
+        first=first,
     )
 
 
@@ -223,7 +226,7 @@ def room(model: PreTrainedModel, input_ids: Tensor, tokens: int, config: Generat
     """How many tokens may be drafted for: up to `max_length`, and to the last position that the model has.
 
     Args:
-        tokens: those that are there, padding left out.
+        tokens: positions of those that are there, padding left out.
     """
     limits = [] if config.max_length is None else [config.max_length - input_ids.shape[1]]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -193,20 +193,10 @@ def _refuse_input(
     if mask is not None and not mask[0, -1]:
         raise ValueError("the prompt ends in padding, which a text cannot go on from: pad on the left, or not at all")
     tokens = cached + new if mask is None else int(mask[0].sum())
-    _refuse_places(model, model_kwargs.get("position_ids"), tokens)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
     _refuse_long_rope(model, cached, tokens, tokens + (config.max_length or 2**31) - input_ids.shape[1])
-
-
-def _refuse_places(model: PreTrainedModel, places: Tensor | None, tokens: int) -> None:
-    """Where the last of `tokens` does not stand where it counts: `places` `[..., tokens]` are those of `generate`."""
-    if places is not None and bool((places[..., -1] != tokens - 1).any()):
-        raise ValueError(
-            f"{type(model).__name__} places the last token at {places[..., -1].unique().tolist()}, behind {tokens - 1} "
-            f"others: after images, say, whose positions a candidate tree does not know: {BASE}"
-        )
 
 
 def _refuse_long_rope(model: PreTrainedModel, cached: int, tokens: int, longest: int) -> None:

@@ -36,11 +36,12 @@ class Context:
     flags: Tensor  # bool [length or more], False for padding; those behind `length` do not count yet
     tokens: int  # columns that are no padding
     prefixes: tuple[tuple[int, int], ...] = ()
+    first: int = 0  # position of the first token
 
     @classmethod
-    def of(cls, visible: Tensor) -> Context:
-        """As many columns as `visible` bool `[columns]` has, False for padding."""
-        return cls(len(visible), visible, int(visible.sum()))
+    def of(cls, visible: Tensor, first: int = 0) -> Context:
+        """As many columns as `visible` bool `[columns]` has, False for padding; the `first` token's position."""
+        return cls(len(visible), visible, int(visible.sum()), first=first)
 
     @property
     def visible(self) -> Tensor:
@@ -49,14 +50,14 @@ class Context:
 
     def positions(self, depths: Ints) -> Ints:
         """Position ids `[rows]` of rows at these `depths` `[rows]` of a tree below what is cached."""
-        return self.tokens + depths
+        return self.first + self.tokens + depths
 
     def grown(self, tokens: int) -> Context:
         """The same with `tokens` more columns."""
         length, flags = self.length + tokens, self.flags
         if length > len(flags):  # twice as many, so that few steps copy them
             flags = torch.cat([self.visible, flags.new_ones(tokens + self.length)])
-        return Context(length, flags, self.tokens + tokens, self.prefixes)
+        return Context(length, flags, self.tokens + tokens, self.prefixes, self.first)
 
     def behind(self, prefixes: tuple[tuple[int, int], ...]) -> Context:
         """The same behind `prefixes`."""

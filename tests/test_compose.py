@@ -363,8 +363,9 @@ def test_a_copy_would_part_it_from_its_base(copied):
 def test_positions_that_a_tree_does_not_know_are_refused(monkeypatch):
     """As behind images, where a text goes on at other positions than its tokens count."""
     usual = LlamaForCausalLM._prepare_position_ids_for_generation
+    image = 7 * (torch.arange(12) > 3)
     monkeypatch.setattr(
-        LlamaForCausalLM, "_prepare_position_ids_for_generation", lambda *given: usual(*given)[None] + 7
+        LlamaForCausalLM, "_prepare_position_ids_for_generation", lambda *given: usual(*given)[None] + image
     )
     with pytest.raises(ValueError, match=r"places the last token at \[18\], behind 11 others"):
         compose(tiny(), prompt_tokens(), budget=8).generate(prompt(), max_new_tokens=5)

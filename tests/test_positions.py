@@ -1,9 +1,12 @@
 """Prompts and answers at the ends of what a model has positions for."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from tiny import GROUPED, Oracle, continuing, prompt, prompt_tokens, tiny
+from transformers import LlamaForCausalLM
 
 from ppd_compose import compose
 
@@ -48,3 +51,44 @@ def test_a_text_that_may_outgrow_the_short_rotary_factors_is_refused():
     turn = model.generate(prompt(12), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="behind 32 tokens"):  # the base would throw such a cache away
         model.generate(prompt(40), **continuing(turn), max_new_tokens=8, do_sample=False)
+
+
+def placing(change):
+    """A Llama whose class changes its positions, as `change` says, before each forward of `generate`."""
+
+    class Placing(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+            return {**prepared, "position_ids": change(prepared["position_ids"])}
+
+    base = tiny()
+    base.__class__ = Placing
+    return base
+
+
+def test_tokens_stand_where_the_class_of_the_base_places_them():
+    """As PaliGemma's, which counts from 1: seen in a chat that goes on from the base's own keys."""
+    base, ids = placing(lambda places: places + 5), prompt()
+    turn = base.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([turn.sequences, prompt(9, seed=1)], 1)
+    settings = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(longer, **continuing(copy.deepcopy(turn)), **settings)
+    model = compose(base, prompt_tokens(), Oracle(expected[0].tolist()), budget=12)
+    assert torch.equal(model.generate(longer, **continuing(turn), **settings), expected)
+    assert model.stats.tokens_per_forward > 2
+
+
+def test_a_class_that_stretches_positions_is_refused():
+    model = compose(placing(lambda places: 2 * places), prompt_tokens(), budget=12)
+    with pytest.raises(ValueError, match=r"Placing places the last token at \[22\], behind 11 others"):
+        model.generate(prompt(), max_new_tokens=8, do_sample=False)
+
+
+def test_a_class_that_places_tokens_by_itself_serves_without_padding():
+    base, ids = placing(lambda places: None), prompt()
+    model, settings = compose(base, prompt_tokens(), budget=12), {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(ids, **settings), base.generate(ids, **settings))
+    mask = torch.ones_like(ids)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="Placing places tokens by itself, and would count padding"):
+        model.generate(ids, attention_mask=mask, **settings)
