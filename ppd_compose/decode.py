@@ -69,9 +69,8 @@ class Decoding:
         ids = request.ids[0][shown].tolist()
         before = int(request.visible.sum()) - len(ids)
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters), before)
-        self.context = Context.of(
-            request.visible[:-1].cpu(), request.first
-        )  # less the root, which the first commit adds
+        # Less the root, which the first commit adds.
+        self.context = Context.of(request.visible[:-1].cpu(), request.first)
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
         # What is done while a device computes takes no time of its own.

@@ -360,6 +360,50 @@ def test_a_copy_would_part_it_from_its_base(copied):
         copied(model)
 
 
+def negated(module, given, out):
+    out.logits = -out.logits
+    return out
+
+
+def test_what_is_hooked_into_the_base_itself_means_the_composition_until_it_is_taken_off():
+    base = tiny()
+    early = base.register_forward_hook(negated)
+    model, plainly = compose(base, prompt_tokens(), budget=8), tiny().generate(prompt(), max_new_tokens=12)
+    turned = base.generate(prompt(), max_new_tokens=12)
+    assert not torch.equal(turned, plainly)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12), turned)
+    early.remove()
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12), plainly)
+    usual = base.forward
+    base.forward = lambda *args, **kwargs: negated(base, args, usual(*args, **kwargs))
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12), turned)
+    del base.forward
+    late = base.register_forward_hook(negated)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12), turned)
+    late.remove()
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12), plainly)
+    assert not model._forward_hooks
+
+
+def test_a_hook_of_the_composition_s_own_stays_while_those_of_the_base_come_and_go():
+    base, calls = tiny(), []
+    model = compose(base, prompt_tokens(), budget=8)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    base.register_forward_hook(lambda *_: None).remove()
+    model.generate(prompt(), max_new_tokens=4)
+    assert calls
+
+
+def test_a_packed_composition_says_that_a_hook_of_the_base_does_not_reach_it():
+    base = tiny(dtype=torch.float32)
+    model = compose(base, prompt_tokens(), budget=8, packed=True)
+    hook = base.register_forward_hook(negated)
+    with pytest.raises(ValueError, match="modules, parameters or hooks of the base are others since"):
+        model.generate(prompt(), max_new_tokens=4)
+    hook.remove()
+    model.generate(prompt(), max_new_tokens=4)
+
+
 def test_positions_that_a_tree_does_not_know_are_refused(monkeypatch):
     """As behind images, where a text goes on at other positions than its tokens count."""
     usual = LlamaForCausalLM._prepare_position_ids_for_generation
