@@ -9,17 +9,18 @@ import hashlib
 import os
 import platform
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 FINGERPRINT_ROWS = 256
-ENTRIES = 16  # of each parameter, in a digest of all weights
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numbers of so many bytes
 LARGEST = 2**31  # of a size that is believed
 
 
@@ -85,8 +86,8 @@ def device_name(model: PreTrainedModel) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Hash a few entries of every parameter, which adapters are active, and how weights were quantised: a fine-tune or
-    a merged adapter is another model than its base, which the fingerprint of an input embedding does not tell."""
+    """Hash every parameter, which adapters are active, and how weights were quantised: a fine-tune or a merged adapter
+    is another model than its base, which the fingerprint of an input embedding does not tell. Reads all weights."""
     if away := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
         raise ValueError(f"{away} is not in memory, so nothing tells this base from others: load it without offloading")
     embeddings: Any = model.get_input_embeddings()
@@ -94,14 +95,29 @@ def weights_digest(model: PreTrainedModel) -> str:
     packed = ((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_floating_point())
     weights = ((name, weight.data) for name, weight in model.named_parameters())
     for name, weight in (*weights, *packed):
-        if type(weight) is not torch.Tensor:  # a class of its own need not know how to flatten
-            continue
-        entries = weight.flatten()
-        step = max(1, len(entries) // ENTRIES)
-        digest.update(f"{name} {entries[::step].cpu().double().tolist()}".encode())
+        for part in _plain(weight):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)} {_row_sums(part)}".encode())
     for fact in (*active_adapters([model]), getattr(model.config, "quantization_config", None) or ""):
         digest.update(str(fact).encode())
     return digest.hexdigest()[:16]
+
+
+def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors without a class of their own that `weight` consists of, as far as its class tells them."""
+    if type(weight) is torch.Tensor:
+        yield weight
+    elif is_traceable_wrapper_subclass(weight):
+        names, _ = weight.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(weight, name))
+
+
+def _row_sums(weight: torch.Tensor) -> list[int]:
+    """By row of `weight` `[rows, ...]`, the sum of the bits of its entries as whole numbers."""
+    bits: torch.Tensor = weight if weight.dtype == torch.bool else weight.view(WHOLE[weight.element_size()])
+    rows = bits.reshape(len(weight), -1) if weight.ndim > 1 else bits.reshape(-1, 1)
+    told: list[int] = rows.sum(1, dtype=torch.int64).tolist()
+    return told
 
 
 def active_adapters(modules: Iterable[nn.Module | None]) -> list[str]:

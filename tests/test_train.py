@@ -15,6 +15,8 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from test_compose import tokenizer
 from tiny import FAMILIES, prompt, tiny
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
 from ppd_compose import PromptTokens, compose, load_drafter, training_loop
@@ -576,6 +578,30 @@ def test_batches_are_made_on_the_host_whatever_the_default_device():
     with torch.device("meta"):
         batch = make_batch(training_loop.replies_of_batch(mine, RECIPE, 3), RECIPE, 3)
     assert torch.equal(batch.points, expected.points)
+
+
+@pytest.mark.parametrize("changed", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_single_entry_that_was_edited_makes_another_model(changed):
+    base, other = tiny(vocab_size=2000), tiny(vocab_size=2000)
+    assert weights_digest(base) == weights_digest(other)
+    with torch.no_grad():
+        other.get_parameter(changed).view(-1)[17] += 50
+    assert weights_digest(base) != weights_digest(other)
+
+
+def test_rows_that_changed_places_make_another_model():
+    base, other = tiny(), tiny()
+    with torch.no_grad():
+        other.lm_head.weight[[3, 7]] = other.lm_head.weight[[7, 3]]
+    assert weights_digest(base) != weights_digest(other)
+
+
+def test_weights_of_a_class_of_their_own_tell_models_apart():
+    bases = [tiny(), tiny()]
+    for number, base in enumerate(bases):
+        halves = [torch.full((4, 4), float(number)), torch.ones(4, 4)]
+        base.model.layers[0].mlp.up_proj.weight = nn.Parameter(TwoTensor(*halves))
+    assert weights_digest(bases[0]) != weights_digest(bases[1])
 
 
 def test_weights_that_are_not_in_memory_tell_no_base_apart():
