@@ -6,6 +6,7 @@ Knows a table of successors that fills while the model decodes. Needs no trainin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -102,6 +103,14 @@ class TokenRecycling:
             raise ValueError(f"need width and depth from 1 to {MOST} and 0 < least < 1, got {width}, {depth}, {least}")
         self.width, self.depth, self.least = width, depth, least
         self.settings = {"width": width, "depth": depth, "least": least}
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copied or pickled without what was seen, which is of models of this process.
+        return {name: value for name, value in vars(self).items() if name != "of"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self.reset()
 
     def reset(self) -> None:

@@ -119,7 +119,7 @@ def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
 def _generated(model: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> list[int]:
     mask = torch.ones_like(ids)
     out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                         max_new_tokens=max_new_tokens, **settings)  # fmt: skip
+                         max_new_tokens=max_new_tokens, return_dict_in_generate=False, **settings)  # fmt: skip
     return list(out[0].tolist())
 
 

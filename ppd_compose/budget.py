@@ -82,6 +82,7 @@ class Budget:
         sizes = forward_of(model).sizes
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(MEASURED_CONTEXTS)
         contexts = tuple(c for c in MEASURED_CONTEXTS if c + max(sizes) <= longest) or (1,)
+        sizes = tuple(n for n in sizes if min(contexts) + n <= longest) or (1,)  # few where there are few positions
         table = _rising(np.stack([_fastest(model, sizes, context, rounds) for context in contexts]))
         return cls(sizes, contexts, tuple(map(tuple, table.tolist())))
 

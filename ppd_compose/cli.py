@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +56,7 @@ for kind, trainer in installed(TRAINING).items():
 console = Console(stderr=True)
 
 MENDABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError)  # the last: of packages that files need
-INTERRUPTED = 130  # as a shell reports Ctrl-C
-MISTYPED = 2
+INTERRUPTED, MISTYPED = 130, 2  # the first as a shell reports Ctrl-C
 UsageError: Any = typer.BadParameter.__base__  # of every mistyped command; typer gives it no public name
 QUESTION = "Explain in a few short paragraphs why the sky is blue and why sunsets are red."
 
@@ -68,6 +68,9 @@ def common(version: VersionOption = False) -> None:
 
 def main() -> None:
     """Run a command; what the user can mend is told without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an answer may hold what a terminal's or a file's encoding does not
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)  # an exit code, where typer ended the command itself
     except (KeyboardInterrupt, typer.Abort):

@@ -84,7 +84,10 @@ def demo(
 
 def _timed(model: Any, ids: torch.Tensor, max_new_tokens: int) -> tuple[torch.Tensor, float]:
     begin = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+        return_dict_in_generate=False,
+    )  # fmt: skip
     return out, time.perf_counter() - begin
 
 

@@ -6,6 +6,7 @@ know any kind.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def load_drafter(source: str | Path, *, revision: str | None = None, token: str 
     if kind is not None and not hasattr(kind, "from_pretrained"):
         return kind()
     config, files = _contents(source, revision, token, sorted(kinds))
-    for kind in kinds.values():
-        if hasattr(kind, "recognises") and kind.recognises(config, files):
+    for name, kind in kinds.items():
+        if _recognises(name, kind, config, files):
             return kind.from_pretrained(source, **_given(revision=revision, token=token))
     raise ValueError(
         f"{source} holds {sorted(files)}, which no installed kind of drafter knows: {', '.join(sorted(kinds))}"
@@ -63,6 +64,19 @@ def _name(source: str | Path, kinds: Mapping[str, Any]) -> str:
             f"{source!r} is the name of a drafter and a folder here: write './{source}' for the folder, or rename it"
         )
     return source
+
+
+def _recognises(name: str, kind: Any, config: dict[str, Any], files: set[str]) -> bool:
+    """Whether a folder is of that installed kind, by what its class says; one that fails is warned of."""
+    try:
+        return hasattr(kind, "recognises") and bool(kind.recognises(config, files))
+    except Exception as error:
+        warnings.warn(
+            f"the kind {name!r} of drafters ({kind.__module__}.{kind.__name__}) fails to tell whether a folder is its "
+            f"own, and is left out: {type(error).__name__}: {error}",
+            stacklevel=3,
+        )
+        return False
 
 
 def _given(**values: str | None) -> dict[str, str]:

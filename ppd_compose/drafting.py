@@ -126,7 +126,9 @@ class Drafting:
     def _merged(self, step: Step, trees: Sequence[TokenTree]) -> TokenTree:
         with self.stats.stage("merge"):
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
-            return check_tree(tree, "merge", step.ids[-1], step.vocab_size) if self.checks_merged else tree
+            if self.checks_merged:
+                check_tree(tree, "merge", step.ids[-1], step.vocab_size)
+            return tree.locked()  # who extends it or appends rows could else change what was checked
 
 
 def _within_room(step: Step, tree: TokenTree, blocks: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]]:

@@ -151,6 +151,10 @@ class Lendings(Generic[Thing]):
     def __init__(self) -> None:
         self.by_model: WeakKeyDictionary[Any, tuple[Any, Lending[Thing]]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Lendings[Thing]], tuple[()]]:
+        # Neither copied nor pickled with whom it belongs to: all of it can be made again.
+        return type(self), ()
+
     def of(self, model: Any, state: Any, ready: Callable[[], Callable[[], Thing]]) -> Lending[Thing]:
         """That of `model`, which is in `state`; `ready` gives what makes one thing."""
         known, lending = self.by_model.get(model, (None, None))

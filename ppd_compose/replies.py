@@ -110,6 +110,7 @@ def _generate(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        return_dict_in_generate=False,
         pad_token_id=_pad(model),
     )
     return [_until_eos(row, _eos(model)) for row in out[:, ids.shape[1] :].tolist()]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def save_composition(model: Any, folder: str | Path) -> None:
                 folders[name] = _free(target, name)
                 drafter.save_pretrained(target / folders[name])
         told = _told(model, kinds, folders)
-        write_text(target / COMPOSITION, json.dumps(told, indent=2) + "\n")
+        write_text(target / COMPOSITION, json.dumps(told, indent=2, default=_number) + "\n")
     except BaseException:  # parts of what is not whole are of no use, and would be pushed
         _remove(target, {*folders.values()} - _parts_of(target))
         raise
@@ -98,6 +99,15 @@ def _told(model: Any, kinds: Mapping[str, str], folders: Mapping[str, str]) -> d
         "budget": asdict(model.budget) if given else None,
         "calibration": model.plugins.manager.get_plugin(Evidence.name).learnt(),
     }
+
+
+def _number(setting: object) -> int | float:
+    """A setting that JSON does not know: one of numpy's numbers, say."""
+    if isinstance(setting, Integral):
+        return int(setting)
+    if isinstance(setting, Real):
+        return float(setting)
+    raise TypeError(f"a drafter's settings hold {setting!r:.60} ({type(setting).__name__}), which JSON cannot tell")
 
 
 def _free(folder: Path, name: str) -> str:

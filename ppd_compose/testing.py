@@ -194,7 +194,8 @@ def _vocab(base: Any) -> int:
 
 def _generate(model: Any, ids: Tensor, **settings: Any) -> Tensor:
     mask = torch.ones_like(ids)
-    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": mask, **settings}
+    usual = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "return_dict_in_generate": False}
+    settings = {**usual, "attention_mask": mask, **settings}
     out: Tensor = model.generate(ids, **settings)
     return out
 

@@ -211,3 +211,15 @@ def test_without_a_home_a_budget_is_measured_and_lasts_as_long_as_the_model(monk
     assert measured.measured_budget(tiny(dtype=torch.float32)).max_rows == 64
     with pytest.raises(OSError, match="set PPD_COMPOSE_HOME"):
         cache_folder()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("gpt2", {"n_positions": 32}), ("opt", {"max_position_embeddings": 64})]
+)
+def test_a_base_of_few_positions_is_measured_within_them(family, settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("ppd_compose.measured.cache_folder", lambda: tmp_path)
+    base, ids = tiny(family, dtype=torch.float32, **settings), prompt()
+    model = compose(base, prompt_tokens())
+    how = {"max_new_tokens": 15, "do_sample": False}
+    assert torch.equal(model.generate(ids, **how), base.generate(ids, **how))
+    assert model.budget.max_rows < 64

@@ -1,5 +1,6 @@
 """The commands, on a tiny base saved to a folder: help, results, and errors in one line."""
 
+import io
 import json
 import shutil
 import sys
@@ -228,6 +229,16 @@ def test_what_is_missing_is_told_without_a_traceback(monkeypatch, capsys):
         cli.main()
     assert exit.value.code == 1
     assert "ImportError: please install gguf" in "".join(capsys.readouterr())
+
+
+def test_an_answer_that_the_output_cannot_spell_is_written_as_far_as_it_can(place, monkeypatch, capsys):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "app", lambda **_: print("caf\u00e9"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    out.flush()
+    assert out.buffer.getvalue() == b"caf?\n"
 
 
 def test_plugins_lists_hooks(place):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from loopback import TOKEN
+from peft import LoraConfig, get_peft_model
 from ppd_compose.integrations.draft_model import DraftModel
 from test_compose import tokenizer
 from tiny import prompt, prompt_tokens, tiny
@@ -119,3 +120,13 @@ def test_a_draft_model_is_not_saved_over_something_else(tmp_path):
     with pytest.raises(FileExistsError, match="holds something already"):
         DraftModel(tiny()).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_draft_model_that_carries_adapters_is_not_saved_without_them(tmp_path):
+    draft = tiny(dtype=torch.float32)
+    wrapped = get_peft_model(draft, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="carries adapters, .*: merge them"):
+        DraftModel(draft).save_pretrained(tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+    DraftModel(wrapped.merge_and_unload()).save_pretrained(tmp_path / "draft")
+    assert torch.equal(load_drafter(tmp_path / "draft").model(prompt()).logits, draft(prompt()).logits)

@@ -1,7 +1,9 @@
 """The drafters that need no files, drafters by name, and the checks that all of them pass."""
 
+import copy
 import gc
 import math
+import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from ppd_compose.integrations.lookup import PromptLookup, Text
+from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import Successors, TokenRecycling
+from test_medusa import random_heads
 from test_ngram import ngram_table
 from tiny import FAMILIES, prompt, prompt_tokens, tiny
 
-from ppd_compose import Budget, Step, TokenTree, compose, hookimpl, load_drafter, plugins
+from ppd_compose import Budget, Step, TokenTree, compose, drafters, hookimpl, load_drafter, plugins
 from ppd_compose.identity import Identity
 from ppd_compose.prompt import PromptTokens
 from ppd_compose.testing import DrafterFault, check_drafter, small_base
@@ -334,3 +338,33 @@ def test_an_entry_point_that_fails_is_named_and_the_others_load(monkeypatch):
     monkeypatch.setattr(plugins, "entry_points", lambda group: [Point(), *good])
     with pytest.warns(UserWarning, match="'broken' .nowhere:Nothing. .* no module named nowhere"):
         assert "ppd" in plugins.installed()
+
+
+def test_a_kind_that_fails_to_recognise_a_folder_is_named_and_the_others_load(tmp_path, monkeypatch):
+    class Mine:
+        @staticmethod
+        def recognises(config, files):
+            return config["mine"]
+
+    PromptTokens(prompt_tokens().embeddings, None, Identity.of(tiny())).save_pretrained(tmp_path)
+    monkeypatch.setattr(drafters, "installed", lambda: {"mine": Mine, **plugins.installed()})
+    with pytest.warns(UserWarning, match=r"the kind 'mine' of drafters .*Mine.* is left out: KeyError: 'mine'"):
+        assert load_drafter(tmp_path).name == "ppd"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda drafter: pickle.loads(pickle.dumps(drafter))])
+@pytest.mark.parametrize("name", ["ppd", "ngram", "lookup", "recycling", "medusa"])
+def test_a_drafter_is_copied_and_pickled_with_its_settings_also_after_use(copied, name):
+    base = tiny(dtype=torch.float32)
+    made = {
+        "ppd": prompt_tokens(), "ngram": ngram_table(), "lookup": PromptLookup(depth=3),
+        "recycling": TokenRecycling(width=3), "medusa": MedusaHeads(random_heads()),
+    }  # fmt: skip
+    drafter = made[name]
+    drafter.name = "mine"
+    expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
+    compose(base, drafter, budget=8).generate(prompt(), max_new_tokens=12, do_sample=False)
+    again = copied(drafter)
+    assert again.name == "mine"
+    assert getattr(again, "settings", None) == getattr(drafter, "settings", None)
+    assert torch.equal(compose(base, again, budget=8).generate(prompt(), max_new_tokens=12, do_sample=False), expected)

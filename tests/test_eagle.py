@@ -471,3 +471,11 @@ def test_one_head_serves_sequences_and_bases_and_sampling():
             expected = base.generate(ids, **settings)
             torch.manual_seed(3)
             assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_a_base_that_has_lost_tokens_is_told_in_words():
+    base = tiny()
+    model = compose(base, eagle(), budget=8)
+    base.resize_token_embeddings(VOCAB - 10)
+    with pytest.raises(ValueError, match=f"knows {VOCAB} tokens, of which the base has {VOCAB - 10} by now"):
+        model.generate(prompt() % 40, max_new_tokens=8, do_sample=False)

@@ -677,3 +677,26 @@ def test_two_drafters_of_one_name_need_another_name():
     second.name = "ppd-other"
     model = compose(tiny(), first, second, budget=16)
     assert list(model.plugins.drafters) == ["ppd", "ppd-other"]
+
+
+@pytest.mark.parametrize("place", ["extend", "append"])
+def test_the_tree_that_drafters_are_shown_is_not_theirs_to_change(place):
+    class Meddler:
+        name = "meddler"
+
+        @hookimpl
+        def start(self, step):
+            step.memory[self] = 0
+
+    def meddle(self, step, tree):
+        with pytest.raises(ValueError, match="read-only"):
+            tree.tokens[0] = (tree.tokens[0] + 1) % VOCAB
+        step.memory[self] += 1
+        seen.append(1)
+
+    seen, base = [], tiny()
+    setattr(Meddler, place, hookimpl(meddle))
+    model = compose(base, Meddler(), TokenRecycling(), budget=8)
+    expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
+    assert seen

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants
@@ -16,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from ppd_compose.integrations.eagle import EagleHead
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.medusa import MedusaHeads
+from ppd_compose.integrations.recycling import TokenRecycling
 from safetensors.torch import load_file
 from test_eagle import eagle
 from test_medusa import random_heads
@@ -313,6 +315,19 @@ def test_a_composition_that_is_none_is_refused(tmp_path, change, error, message)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(error, match=message):
         compose_from_pretrained(tmp_path / "saved", tiny())
+
+
+def test_settings_of_numpy_are_saved_as_numbers(tmp_path):
+    base = tiny(dtype=torch.float32)
+    drafters = PromptLookup(size=np.int64(8)), TokenRecycling(least=np.float32(0.25))
+    compose(base, *drafters, budget=8).save_composition(tmp_path / "saved")
+    again = compose_from_pretrained(tmp_path / "saved", base).plugins.drafters
+    assert again["lookup"].size == 8
+    assert again["recycling"].least == 0.25
+    bad = PromptLookup()
+    bad.settings = {"size": object()}
+    with pytest.raises(TypeError, match="a drafter's settings hold <object"):
+        compose(base, bad, budget=8).save_composition(tmp_path / "bad")
 
 
 def test_a_drafter_of_no_installed_kind_cannot_be_saved(tmp_path):

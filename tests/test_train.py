@@ -604,6 +604,13 @@ def test_weights_of_a_class_of_their_own_tell_models_apart():
     assert weights_digest(bases[0]) != weights_digest(bases[1])
 
 
+def test_a_base_that_is_set_to_return_more_than_tokens_replies_all_the_same(tmp_path):
+    base = tiny()
+    expected = own_replies(base, [[3, 4, 5]], tmp_path / "one", max_new_tokens=8)
+    base.generation_config.return_dict_in_generate = True
+    assert own_replies(base, [[3, 4, 5]], tmp_path / "other", max_new_tokens=8) == expected
+
+
 def test_weights_that_are_not_in_memory_tell_no_base_apart():
     base = cpu_offload(tiny(), execution_device="cpu")
     with pytest.raises(ValueError, match=r"not in memory"):

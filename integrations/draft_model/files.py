@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ppd_compose import PromptTokens
+from ppd_compose.identity import active_adapters
 from ppd_compose.sources import folder_of, read_object, undamaged
 from ppd_compose.storage import staged_folder
 
@@ -99,8 +100,14 @@ def load_draft(
 def save_draft(draft: Draft, folder: Path) -> None:
     """Write what `load_draft` reads: of a model that came from the Hub where it is, and of others all weights.
 
-    Raises `FileExistsError` when `folder` holds something, and `ValueError` for prompt tokens that name no base.
+    Raises `FileExistsError` when `folder` holds something, and `ValueError` for prompt tokens that name no base, or a
+    model whose layers carry PEFT adapters.
     """
+    if active_adapters([draft.model]):
+        raise ValueError(
+            "the draft model carries adapters, which a folder of its weights would lose: merge them (merge_and_unload) "
+            "or take them off first"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already: give a folder of its own to a draft model")
     with staged_folder(folder) as staging:

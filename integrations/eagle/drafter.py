@@ -124,7 +124,11 @@ class EagleHead(PushesToHub):
 
     @hookimpl
     def start(self, step: Step, model: PreTrainedModel) -> None:
-        """Take in the hidden states of the prompt."""
+        """Take in the hidden states of the prompt. Refuse a base that has lost tokens since it was composed."""
+        embeddings: Any = model.get_input_embeddings()
+        rows, known = len(embeddings.weight), self.head.config.vocab_size
+        if rows < known:
+            raise ValueError(f"this EAGLE head knows {known} tokens, of which the base has {rows} by now: compose anew")
         layers = self.hidden_layers(model)
         first = len(step.ids) - len(step.hidden_states[layers[0]])
         cache = step.ending.enter_context(self._ready(model).lent())
