@@ -82,7 +82,7 @@ class Plugins:
             for name, value in wanted.items():
                 if name == "output_hidden_states":
                     raise ValueError("a plugin asks for hidden states by the hook hidden_layers, not by forward_kwargs")
-                if merged.setdefault(name, value) != value:
+                if (held := merged.setdefault(name, value)) is not value and held != value:
                     raise ValueError(f"two plugins want {name}={merged[name]!r} and {name}={value!r}")
         return merged
 

@@ -125,7 +125,7 @@ def test_a_draft_model_is_not_saved_over_something_else(tmp_path):
 def test_a_draft_model_that_carries_adapters_is_not_saved_without_them(tmp_path):
     draft = tiny(dtype=torch.float32)
     wrapped = get_peft_model(draft, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="carries adapters, .*: merge them"):
+    with pytest.raises(ValueError, match=r"carries adapters, .*: merge them"):
         DraftModel(draft).save_pretrained(tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
     DraftModel(wrapped.merge_and_unload()).save_pretrained(tmp_path / "draft")
