@@ -23,14 +23,11 @@ def first_position(
         cached: tokens that are in the KV cache.
         prepared: what `generate` would give to each forward.
 
-    Raises `ValueError` where tokens stand otherwise, as behind images, or where the model's class leaves it to its
-    forward, which would count padding.
+    Raises `ValueError` where tokens stand otherwise, as behind images, or where nobody but the forward knows.
     """
     name, places = type(model).__name__, _places(model, input_ids, len(visible) - cached, prepared)
     if places is None:
-        if bool(visible.all()) or not _prepares(model):
-            return 0
-        raise ValueError(f"{name} places tokens by itself, and would count padding: leave padding out, or {REST}")
+        return _first_column(model, visible, cached)
     new = visible[cached:]
     counted = (visible.cumsum(0) - 1)[cached:][new]
     shift = places[..., -len(new) :].cpu()[..., new] - counted
@@ -42,6 +39,19 @@ def first_position(
             f"{REST}"
         )
     return first
+
+
+def _first_column(model: Any, visible: Tensor, cached: int) -> int:
+    """The same where `generate` leaves it to the forward, which counts columns, padding too."""
+    first = int(visible.int().argmax())
+    # A class that takes positions away, and turns no keys by them, may count from anywhere: 2, say, behind nothing.
+    counts = not _prepares(model) or getattr(model.config.get_text_config(), "rope_parameters", None)
+    if bool(visible[first:].all()) and (counts or not first + cached):
+        return first
+    raise ValueError(
+        f"{type(model).__name__} places tokens by itself, in a way that a candidate tree does not know where there is "
+        f"padding or a cache: {REST}"
+    )
 
 
 def _places(model: Any, input_ids: Tensor, new: int, prepared: dict[str, Any]) -> Tensor | None:

@@ -84,11 +84,23 @@ def test_a_class_that_stretches_positions_is_refused():
         model.generate(prompt(), max_new_tokens=8, do_sample=False)
 
 
-def test_a_class_that_places_tokens_by_itself_serves_without_padding():
+def test_a_class_that_leaves_places_to_its_forward_serves_where_columns_are_counted():
     base, ids = placing(lambda places: None), prompt()
     model, settings = compose(base, prompt_tokens(), budget=12), {"max_new_tokens": 20, "do_sample": False}
     assert torch.equal(model.generate(ids, **settings), base.generate(ids, **settings))
-    mask = torch.ones_like(ids)
-    mask[0, 3] = 0
-    with pytest.raises(ValueError, match="Placing places tokens by itself, and would count padding"):
-        model.generate(ids, attention_mask=mask, **settings)
+    padded, mask = (torch.nn.functional.pad(each, (3, 0)) for each in (ids, torch.ones_like(ids)))
+    settings["attention_mask"] = mask
+    assert torch.equal(model.generate(padded, **settings), base.generate(padded, **settings))
+    mask[0, 7] = 0
+    with pytest.raises(ValueError, match="Placing places tokens by itself, in a way that"):
+        model.generate(padded, **settings)
+
+
+def test_learnt_positions_are_counted_by_columns_where_generate_tells_none():
+    base = tiny("gpt2")
+    base._prepare_position_ids_for_generation = lambda *_: None
+    ids, mask = (torch.nn.functional.pad(each, (3, 0)) for each in (prompt(), torch.ones_like(prompt())))
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    expected = base.generate(ids, **settings)
+    model = compose(base, prompt_tokens(), Oracle(expected[0].tolist()), budget=12)
+    assert torch.equal(model.generate(ids, **settings), expected)
