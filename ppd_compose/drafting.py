@@ -128,7 +128,7 @@ class Drafting:
             tree: TokenTree = self.hook.merge(step=step, trees=trees)
             if self.checks_merged:
                 check_tree(tree, "merge", step.ids[-1], step.vocab_size)
-            return tree.locked()  # who extends it or appends rows could else change what was checked
+            return tree.lock()  # who extends it or appends rows could else change what was checked
 
 
 def _within_room(step: Step, tree: TokenTree, blocks: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]]:

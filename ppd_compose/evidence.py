@@ -21,6 +21,8 @@ from .tree import NEVER, Bools, Floats, Ints, TokenTree, joined
 DEPTHS = 3  # candidates of depth 1, of depth 2, and all deeper ones are judged apart
 LEAST = 0.02  # chance that is always left for tokens that a drafter did not name
 TOGETHER = 32  # steps are learnt from as many at a time as make up an eighth of all, and no more than these
+NAMES_IT, LOG_ODDS, NAMES_OTHERS, IS_BEST = range(4)  # what a drafter says of a node, each a column of its features
+KINDS = 4
 FAINTEST = -8.0  # logarithm of a claim; fainter ones count as this
 # Weights to start from, and how firmly they hold, as the inverse variance of each. Claims of a single drafter are taken
 # as they are; those of several say in part the same.
@@ -33,7 +35,7 @@ class Heard:
     """A merged tree, and what each drafter said about each of its nodes."""
 
     tree: TokenTree
-    features: Floats  # [nodes, drafters x 4 + 1]
+    features: Floats  # [nodes, drafters x KINDS + 1]
     depths: Ints  # [nodes], at most DEPTHS
 
 
@@ -130,7 +132,7 @@ class Evidence:
                 learner.learn(features[among], (met.cumsum() - 1)[choice[among]], right[among])
 
     def _features(self, claims: Floats, parents: Ints) -> Floats:
-        """What was said of each node `[nodes, drafters x 4 + 1]`. By each drafter: did it name the token, with which
+        """What was said of each node `[nodes, drafters x KINDS + 1]`. By each drafter: did it name the token, with what
         log-odds, did it name others only, was this its best guess there; then, did several name it."""
         named: Bools = claims > -np.inf
         above, drafters, flat = np.maximum(parents, 0), claims.shape[1], claims.ravel()
@@ -139,13 +141,13 @@ class Evidence:
         mass = np.bincount(cells, np.exp(flat), claims.size).reshape(claims.shape)
         highest = np.full(claims.size, -np.inf)
         np.maximum.at(highest, cells, flat)
-        features = np.zeros((len(claims), 4 * drafters + 1))
-        names_it, log_odds, names_others, is_best = (features[:, at:-1:4] for at in range(4))  # each [nodes, drafters]
-        names_it[:] = named
-        log_odds[:] = named * (np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above])
-        is_best[:] = named & (flat == highest[cells]).reshape(claims.shape)
+        features = np.zeros((len(claims), KINDS * drafters + 1))
+        features[:, NAMES_IT:-1:KINDS] = named
+        log_odds = np.maximum(claims, FAINTEST) - np.log(np.maximum(1 - mass, LEAST))[above]
+        features[:, LOG_ODDS:-1:KINDS] = named * log_odds
+        features[:, IS_BEST:-1:KINDS] = named & (flat == highest[cells]).reshape(claims.shape)
         if drafters > 1:
-            names_others[:] = (mass > 0)[above] & ~named
+            features[:, NAMES_OTHERS:-1:KINDS] = (mass > 0)[above] & ~named
             features[:, -1] = named.sum(1) > 1
         return features
 

@@ -86,7 +86,8 @@ def refine(step: Step, drafter: Any, answer: Answer) -> Answer | None:
 
 @hookspec
 def propose(step: Step) -> TokenTree | None:
-    """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step."""
+    """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step. Its arrays are the
+    loop's from then on, and may become read-only."""
 
 
 @hookspec(firstresult=True)

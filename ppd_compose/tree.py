@@ -82,12 +82,11 @@ class TokenTree:
         marks[0] = 0
         return TokenTree(self.tokens, self.parents, self.log_probs, marks)
 
-    def locked(self) -> TokenTree:
-        """The same tree, which cannot be written to."""
-        columns = [column.view() for column in (self.tokens, self.parents, self.log_probs, self.sources)]
-        for column in columns:
-            column.flags.writeable = False
-        return TokenTree(*columns)
+    def lock(self) -> TokenTree:
+        """Let its arrays be read-only from now on, and return it."""
+        for column in (self.tokens, self.parents, self.log_probs, self.sources):
+            column.setflags(write=False)
+        return self
 
     def marked_beyond(self, known: TokenTree, sources: int) -> TokenTree:
         """The same tree, proposed by `sources` where a node is marked or its path is not in `known`; never the root."""
