@@ -119,8 +119,8 @@ def greedy(model: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
 def _generated(model: Any, ids: Tensor, max_new_tokens: int, **settings: Any) -> list[int]:
     mask = torch.ones_like(ids)
     out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                         max_new_tokens=max_new_tokens, return_dict_in_generate=False, **settings)  # fmt: skip
-    return list(out[0].tolist())
+                         max_new_tokens=max_new_tokens, **settings)  # fmt: skip
+    return list(getattr(out, "sequences", out)[0].tolist())  # a base may be set to return more than tokens
 
 
 def summarise(name: str, answers: Sequence[Answered], base: Sequence[Answered]) -> dict[str, Any]:

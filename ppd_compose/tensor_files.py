@@ -21,13 +21,15 @@ FEW = 4  # names that a message lists
 def tensors_in(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]] = list) -> dict[str, Tensor]:
     """The `wanted` tensors, by name, of a file: safetensors by its suffix, else one that `torch.save` wrote.
 
-    Raises `ValueError` for a file that is damaged or holds anything else.
+    Raises `ValueError` for a file that is damaged or holds anything else, and `OSError` for one that cannot be opened.
     """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in wanted(file.keys())}
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, MemoryError):  # of the machine, not of the file
+        raise
     except Exception as error:  # an unpickler of tensors alone raises whatever the bytes lead it to
         raise ValueError(f"{path} is no whole file of tensors ({error}): fetch or save it again") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):

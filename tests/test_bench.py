@@ -15,7 +15,7 @@ from test_compose import tokenizer
 from tiny import prompt, tiny
 
 from ppd_compose import bench_job, compose
-from ppd_compose.bench import Answered, Protocol, WithSettings, best_two, divergence, joined, summarise
+from ppd_compose.bench import Answered, Protocol, WithSettings, best_two, divergence, greedy, joined, summarise
 from ppd_compose.bench_job import bench, composed
 from ppd_compose.loading import LoadedBase
 from ppd_compose.packed import can_pack
@@ -167,6 +167,14 @@ def test_compositions_of_one_listing_share_no_drafter():
     made = composed(loaded, {"recycling": lambda: [TokenRecycling()]}, ways, 8)
     drafters = [model.plugins.drafters["recycling"] for model in made.values()]
     assert len(set(drafters)) == len(ways)
+
+
+def test_a_base_that_is_set_to_return_more_than_tokens_is_asked_all_the_same():
+    base = tiny()
+    expected = greedy(base, prompt(), 8)
+    base.generation_config.return_dict_in_generate = True
+    assert greedy(base, prompt(), 8) == expected
+    assert len(expected) == 20
 
 
 def test_another_benchmark_does_not_take_up_what_one_left(tmp_path):
