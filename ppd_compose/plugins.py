@@ -96,8 +96,8 @@ class Plugins:
 
     def prefixes(self) -> dict[int, Tensor]:
         """What rows that drafters append see before the sequence, by the drafters' bits."""
-        callers = self.each_drafter("prefix")
-        return {self.bits[name]: check_prefix(told[0], name) for name, _, prefix in callers if (told := prefix())}
+        bits, callers = self.bits, self.each_drafter("prefix")
+        return {bits[name]: check_prefix(told[0], name) for name, _, prefix in callers if (told := prefix())}
 
     def hooks_of(self, plugin: Any) -> list[str]:
         """Names of the hooks that `plugin` implements."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-REST = "use the base model's own generate"
+from .refuse import BASE
 
 
 def first_position(
@@ -36,7 +36,7 @@ def first_position(
         raise ValueError(
             f"{name} places the last token at {places[..., -1].unique().tolist()}, behind {int(counted[-1])} others, "
             "and not all one behind the other: after images, say, whose positions a candidate tree does not know: "
-            f"{REST}"
+            f"{BASE}"
         )
     return first
 
@@ -50,7 +50,7 @@ def _first_column(model: Any, visible: Tensor, cached: int) -> int:
         return first
     raise ValueError(
         f"{type(model).__name__} places tokens by itself, in a way that a candidate tree does not know where there is "
-        f"padding or a cache: {REST}"
+        f"padding or a cache: {BASE}"
     )
 
 
