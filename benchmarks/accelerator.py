@@ -1,11 +1,13 @@
 """All that is to be measured on a GPU, in ten minutes: forwards and their floor, steps of any size, tokens a second.
 
-Each part is a benchmark of its own in a process of its own, with a share of the time. Parts whose result lies in the
-folder already are left out, so a run that was cut off goes on.
+Each part is a benchmark of its own in a process of its own, with a share of the time; what one has measured when that
+is over lies beside the results as `*.partial.json`. Parts whose result lies in the folder already are left out, so a
+run that was cut off goes on. Models are compiled by regions, which takes a third of the time.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,31 +16,38 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from shapes import SHAPES
 
 HERE = Path(__file__).parent
 EVERY = "ppd+medusa+eagle+ngram+recycling+lookup"
+SETTINGS = {
+    # Else torch hands attention to cuDNN first, from Hopper on, which plans anew for every length, of `generate` too.
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    # A forward that cannot be recorded, of which these warn, is not to be taken for one that is.
+    "PYTHONWARNINGS": "error:::ppd_compose.recorded,error:::ppd_compose.replayed",
+}
 console = Console(stderr=True)
 
 
 def parts(base: str, shapes: list[str], device: str, dtype: str) -> Iterator[tuple[str, float, list[str]]]:
     """Name, share of the time and command of each part."""
-    where = ["--device", device, "--dtype", dtype]
+    where, ways = ["--device", device, "--dtype", dtype], ["--ways", "eager+regions"]
     few = ["--context", "128", "--context", "1024", "--rounds", "5"]
     composed = [word for listing in ("ppd", "ppd+ngram+recycling+lookup", EVERY) for word in ("--drafters", listing)]
-    quick = ["throughput.py", "--quick", "--ways", "eager+compiled", *composed, "--peer", "transformers static"]
+    quick = ["throughput.py", "--quick", *ways, *composed, "--peer", "transformers static"]
     yield "throughput", 0.3, [*quick, "--base", base, *where]
     share = 0.7 / (2 + 3 * len(shapes))  # a larger base takes half as long again
     for label, size in {"base": base, **{shape: shape for shape in shapes}}.items():
         mine = share if label == "base" else 1.5 * share
-        yield f"latency-{label}", mine, ["latency.py", "--ways", "eager+compiled", "--base", size, *few, *where]
+        yield f"latency-{label}", mine, ["latency.py", *ways, "--base", size, *few, *where]
         brief = ["--rounds", "3"] if label == "base" else ["--rounds", "1", "--rows", "16", "--no-static"]
-        yield f"steps-{label}", mine, ["steps.py", "--base", size, *brief, *where]
+        yield f"steps-{label}", mine, ["steps.py", *ways, "--base", size, *brief, *where]
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the results, made when it is not there.")],
     base: Annotated[str, typer.Option(help="SmolLM2-135M-Instruct: a folder, a Hub id, or 'demo'.")] = "demo",
-    shapes: Annotated[str, typer.Option(help="Of random weights: tiny, 1b, 7b, 8b, joined by '+'.")] = "1b+7b",
+    shapes: Annotated[str, typer.Option(help=f"Of random weights: {', '.join(SHAPES)}; joined by '+'.")] = "1b+7b",
     minutes: Annotated[float, typer.Option(help="For everything.")] = 10.0,
     device: str = "cuda",
     dtype: str = "bfloat16",
@@ -53,10 +62,15 @@ def main(
         command = [sys.executable, str(HERE / script), *options, "--json", str(result)]
         console.print(f"{name}: {script} {' '.join(options)}", highlight=False)
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60 * minutes * share)
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, timeout=60 * minutes * share,
+                env={**os.environ, **SETTINGS},
+            )  # fmt: skip
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             console.print(f"[yellow]{name} gave no result:[/] {type(error).__name__}", highlight=False)
             missing.append(name)
+            if result.exists():
+                result.replace(result.with_suffix(".partial.json"))
     if missing:
         raise typer.Exit(1)
 

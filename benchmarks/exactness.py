@@ -64,7 +64,8 @@ def products(model: nn.Module) -> dict[nn.Linear, Callable[[Tensor, nn.Linear], 
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """Each row by itself over the columns that it sees, which are put in a row at the end for it."""
+    """Each row by itself over the columns that it sees, from the first one on, without padding between: those of this
+    forward are put in a row at the end for it."""
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if mask is None:
         return sdpa(module, query, key, value, None, **kwargs)
@@ -74,9 +75,9 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     told = []
     for row in range(rows):
         seen = mask[0, 0, row, before:].nonzero()[:, 0]
-        end = before + len(seen)
+        first, end = int(mask[0, 0, row].int().argmax()), before + len(seen)
         key[:, :, before:end], value[:, :, before:end] = keys[:, :, seen], values[:, :, seen]
-        mine = query[:, :, row : row + 1], key[:, :, :end], value[:, :, :end]
+        mine = query[:, :, row : row + 1], key[:, :, first:end], value[:, :, first:end]
         told.append(sdpa(module, *mine, None, **kwargs)[0])
     key[:, :, before:], value[:, :, before:] = keys, values
     return torch.cat(told, 1), None
@@ -109,11 +110,12 @@ class NearTies:
 
     def alone(self, forward: Any, cache: Any, context: Any, tree: Any, path: list[int]) -> Tensor:
         """Logits after the last node of `path`, over the keys and values of the others, which stay as they are."""
-        before = context.length
-        columns = [*range(before), *(before + node for node in path[:-1])]
+        front = cache.layers[0].extent.front  # columns that prompt tokens alone see
+        before = front + context.length
+        columns = [*range(front, before), *(before + node for node in path[:-1])]
         layers = [(layer.keys[:, :, columns], layer.values[:, :, columns]) for layer in cache.layers]
         root = TokenTree.chain(tree.tokens[path[-1]])
-        own = verify(forward, DynamicCache(layers), context.grown(len(path) - 1), root, [], {})
+        own = verify(forward, DynamicCache(layers), context.behind(()).grown(len(path) - 1), root, [], {})
         self.forwards += 1
         return own.logits[0]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import track
-from shapes import base_of
+from shapes import SHAPES, base_of
 from transformers import Cache, DynamicCache
 
 from ppd_compose import TokenTree, compose
@@ -26,6 +26,7 @@ from ppd_compose.cache import commit, recording, with_cache
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
 from ppd_compose.loading import DTYPES
+from ppd_compose.storage import write_text
 from ppd_compose.verify import Context, verify, wait
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -76,15 +77,16 @@ def bytes_read(model: Any, cache: Any) -> int:
 
 
 @torch.no_grad()
-def curves(models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def curves(
+    models: dict[str, Any], contexts: Sequence[int], rows: Sequence[int], rounds: int
+) -> Iterator[dict[str, Any]]:
     """Median seconds of each way at each context and number of rows."""
     speed = bandwidth(next(iter(models.values())))
-    told = []
     for context in track(contexts, "contexts"):
         with ExitStack() as held:
             caches = {way: held.enter_context(filled(model, context)) for way, model in models.items()}
-            told += [point(models, caches, context, n, rounds, speed) for n in rows]
-    return told
+            for n in rows:
+                yield point(models, caches, context, n, rounds, speed)
 
 
 def point(
@@ -105,7 +107,9 @@ def main(
     ways: Annotated[str, typer.Option(help="Joined by '+'.")] = "eager+packed+compiled",
     contexts: Annotated[list[int] | None, typer.Option("--context", help="Cached tokens. Repeatable.")] = None,
     rounds: int = 9,
-    base: Annotated[str, typer.Option(help="Folder, Hub id, 'demo', or tiny, 1b, 7b, 8b of random weights.")] = "demo",
+    base: Annotated[
+        str, typer.Option(help=f"Folder, Hub id, 'demo', or of random weights: {', '.join(SHAPES)}.")
+    ] = "demo",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
     device: str = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
@@ -121,13 +125,13 @@ def main(
         f"python benchmarks/latency.py --ways {ways} {' '.join(f'--context {n}' for n in contexts or CONTEXTS)} "
         f"--rounds {rounds} --base {name} --dtype {dtype} --device {device}"
     )
-    result = {
-        "environment": {**environment(model, command), "base": name},
-        "warmup_seconds": warm,
-        "points": curves(models, contexts or CONTEXTS, ROWS, rounds),
-    }
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {
+        "environment": {**environment(model, command), "base": name}, "warmup_seconds": warm, "points": [],
+    }  # fmt: skip
+    for measured in curves(models, contexts or CONTEXTS, ROWS, rounds):
+        result["points"].append(measured)
+        if json_file:  # now already: who breaks it off has something
+            write_text(json_file, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

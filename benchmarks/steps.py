@@ -18,11 +18,12 @@ import torch
 import typer
 from ppd_compose.integrations.lookup import PromptLookup
 from ppd_compose.integrations.recycling import TokenRecycling
-from shapes import base_of
+from shapes import SHAPES, base_of
 
 from ppd_compose import PromptTokens, TokenTree, compose, hookimpl
 from ppd_compose.bench_job import WAYS
 from ppd_compose.environment import environment
+from ppd_compose.storage import write_text
 from ppd_compose.verify import wait
 
 ROWS = [16, 64]
@@ -96,7 +97,7 @@ def contenders_of(
 
 
 def main(
-    base: Annotated[str, typer.Option(help="tiny, 1b, 7b, 8b, or a folder, a Hub id, 'demo'.")] = "tiny",
+    base: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}, or a folder, a Hub id, 'demo'.")] = "tiny",
     rows: Annotated[list[int] | None, typer.Option(help="Rows of a verify forward. Repeatable.")] = None,
     ways: Annotated[str, typer.Option(help="eager, packed, compiled, joined by '+'.")] = "eager+compiled",
     rate: Annotated[float, typer.Option(help="Chance of each guess; tokens a forward are 1 / (1 - rate).")] = 0.6,
@@ -117,27 +118,26 @@ def main(
     seconds = {
         label: [timed(who, ids, settings)] for label, (who, settings) in contenders.items()
     }  # the first warms up
-    for label, (who, settings) in list(contenders.items()) * rounds:
-        seconds[label].append(timed(who, ids, settings))
-    typical = {label: median(taken[1:]) for label, taken in seconds.items()}
     sizes = " ".join(f"--rows {n}" for n in rows or ROWS)
     command = (
         f"python benchmarks/steps.py --base {name} {sizes} --ways {ways} --rate {rate} --prompt {prompt} "
         f"--tokens {tokens} --rounds {rounds}{'' if static else ' --no-static'} --dtype {dtype} --device {device}"
     )
-    result = {
-        "environment": {**environment(model, command), "base": name},
-        "contenders": {
+    result: dict[str, Any] = {"environment": {**environment(model, command), "base": name}}
+    for done in range(1, rounds + 1):
+        for label, (who, settings) in contenders.items():
+            seconds[label].append(timed(who, ids, settings))
+        typical = {label: median(taken[1:]) for label, taken in seconds.items()}
+        result |= {"rounds": done, "contenders": {
             label: {
                 "tokens_per_second": tokens / typical[label],
                 "speedup": typical["generate"] / typical[label],
                 **(told_of(who) if label.startswith("composed") else {}),
             }
             for label, (who, _) in contenders.items()
-        },
-    }
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        }}  # fmt: skip
+        if json_file:  # now already: who breaks it off has something
+            write_text(json_file, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[1]
 README, MORE = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
 MEMORY = {
     "float32, AVX2": "memory-float32", "bfloat16, AVX2": "memory-kept",
-    "bfloat16, AVX-512, compiled in the process": "memory-mapped",
-    "the same, converted as it was loaded": "memory",
+    "bfloat16, AVX-512": "memory-kept-avx512", "the same, converted as it was loaded": "memory",
 }  # fmt: skip
 BEHIND = ("chart", "composed", "each", "pairs", "subsets", "sweep", "ablation", "training")
 NAMES = {README: ("speeds", "exactness", "memory"), MORE: BEHIND}

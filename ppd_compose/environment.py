@@ -6,6 +6,7 @@ Knows how to ask for each. Does not know what was measured.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from .identity import Identity, device_name
 from .mask import implementation
 
+CHOICES = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "MALLOC_MMAP_THRESHOLD_")  # variables that change what is measured
 PACKAGES = ("ppd_compose", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -34,6 +36,7 @@ def environment(model: PreTrainedModel, command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": implementation(model),
+        **{name: os.environ[name] for name in CHOICES if name in os.environ},
         "model": identity.name,
         "fingerprint": identity.fingerprint,
     }

@@ -159,8 +159,8 @@ class Evidence:
 
 
 def _alone(tree: TokenTree) -> tuple[Ints, Ints, list[Ints]]:
-    """As `joined` of `tree` alone, whose paths differ."""
-    return tree.tokens, tree.parents, [np.arange(len(tree))]
+    """As `joined` of `tree` alone, whose paths differ. Copies: a drafter may write its next tree where this one is."""
+    return tree.tokens.copy(), tree.parents.copy(), [np.arange(len(tree))]
 
 
 def _followed(tree: TokenTree, following: Sequence[int]) -> Committed:

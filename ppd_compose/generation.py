@@ -147,9 +147,12 @@ def _loop(streamer: BaseStreamer | None, generator: torch.Generator | None) -> C
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        refuse_request(model, input_ids, generation_config, model_kwargs)
+        visible = visible_columns(input_ids, generation_config, model_kwargs)
+        refuse_request(model, input_ids, visible, generation_config, model_kwargs)
         picker = _picker(logits_processor, generation_config, generator)
-        request = _request(model, input_ids, picker, stopping_criteria, streamer, generation_config, model_kwargs)
+        request = _request(
+            model, input_ids, visible, picker, stopping_criteria, streamer, generation_config, model_kwargs
+        )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         # Read once, as another thread may put its own there at any moment.
@@ -172,6 +175,7 @@ def _picker(processors: LogitsProcessorList, config: GenerationConfig, generator
 def _request(
     model: Any,
     input_ids: Tensor,
+    visible: Tensor,
     picker: Picker,
     criteria: StoppingCriteriaList,
     streamer: BaseStreamer | None,
@@ -179,7 +183,7 @@ def _request(
     model_kwargs: dict[str, Any],
 ) -> Request:
     """Bring together what `generate` prepared; the budget is measured here, the first time."""
-    visible, cache = visible_columns(input_ids, config, model_kwargs), model_kwargs[GENERATE_NAME]
+    cache = model_kwargs[GENERATE_NAME]
     cached = int(cache.get_seq_length())
     first = first_position(model, input_ids, visible, cached, model_kwargs)
     if model.budget is None:

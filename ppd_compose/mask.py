@@ -5,7 +5,8 @@ Knows what sdpa and eager want, and windows. Does not know trees: it is told who
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,23 @@ def refuse_attention(model: PreTrainedModel) -> None:
             f"attn_implementation={given!r} takes no tree mask: load the base with "
             f'attn_implementation="sdpa" (or "eager")'
         )
+
+
+@contextmanager
+def unplanned(device: torch.device) -> Iterator[None]:
+    """Within, masked attention on a CUDA `device` is computed by kernels that take it as it comes.
+
+    From Hopper on torch hands it to cuDNN first, which plans anew for every number of rows and of columns, some tenths
+    of a second each, and a tree has other numbers at nearly every step.
+    """
+    planned = device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled()
+    if planned:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if planned:
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def layered_mask(

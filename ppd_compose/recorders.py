@@ -5,6 +5,7 @@ Knows the rules by which torch records them. Does not know what is recorded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import Lock
@@ -47,7 +48,10 @@ class CudaGraphs:
                         run()
                     self.never_wait.add(function)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                recording = torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                )
+                with _workspaces_within(), recording:
                     out = run()
             finally:
                 torch.cuda.set_stream(now)
@@ -71,11 +75,24 @@ def _function_of(run: Any) -> Any:
 def _refusing_to_wait() -> Iterator[None]:
     """Within, whoever waits for the device gets a `RuntimeError`: in other threads too, so it is seldom."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that this is a prototype, where warnings may be errors
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _workspaces_within() -> Iterator[None]:
+    """Within, matrix products get the memory that they work in anew, so in a recording out of its own: what they had
+    before belongs to the stream, and others let go of it, as inductor's graphs do of all there is."""
+    torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]  # where torch has CUDA
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
 
 
 _one_at_a_time = Lock()  # a process may record one graph at a time

@@ -143,14 +143,16 @@ def _refuse_positions(places: Any, mask: Any) -> None:
 def refuse_request(
     model: PreTrainedModel,
     input_ids: Tensor,
+    visible: Tensor,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> None:
-    """Raise `ValueError` for what shows only once `generate` has prepared everything."""
+    """Raise `ValueError` for what shows only once `generate` has prepared everything; `visible` as of
+    `generation.visible_columns`."""
     _refuse_mode(config)
     if config.use_cache is False:
         raise ValueError(f"use_cache=False leaves nothing to verify a tree against: leave it unset, or {BASE}")
-    _refuse_input(model, input_ids, config, model_kwargs)
+    _refuse_input(model, input_ids, visible, config, model_kwargs.get(GENERATE_NAME))
     refuse_cache(model_kwargs.get(GENERATE_NAME), model)
     # Where a model takes images too, `generate` tells that there are none.
     given = {name: value for name, value in model_kwargs.items() if value is not None and not _is_empty(value)}
@@ -174,7 +176,7 @@ def _refuse_mode(config: GenerationConfig) -> None:
 
 
 def _refuse_input(
-    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel, input_ids: Tensor, visible: Tensor, config: GenerationConfig, cache: Any
 ) -> None:
     if input_ids.shape[0] != 1:
         raise ValueError(
@@ -183,16 +185,15 @@ def _refuse_input(
         )
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token_id")
-    cached, new = _lengths(input_ids, config, model_kwargs)
-    if not 0 < new <= input_ids.shape[1]:
+    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    if not 0 < len(visible) - cached <= input_ids.shape[1]:
         raise ValueError(
             f"{GENERATE_NAME} holds {cached} tokens, the prompt {input_ids.shape[1]}: pass the whole sequence with at "
             "least one token that is not cached, or the new tokens with an attention_mask for the whole sequence"
         )
-    mask: Any = model_kwargs.get("attention_mask")
-    if mask is not None and not mask[0, -1]:
+    if not visible[-1]:
         raise ValueError("the prompt ends in padding, which a text cannot go on from: pad on the left, or not at all")
-    tokens = cached + new if mask is None else int(mask[0].sum())
+    tokens = int(visible.sum())
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(f"the prompt has {tokens} tokens, {type(model).__name__} takes {positions}: shorten it")
@@ -212,11 +213,3 @@ def _refuse_long_rope(model: PreTrainedModel, cached: int, tokens: int, longest:
                 f"{type(model).__name__} changes its rotary factors behind {before} tokens, which makes all that is "
                 f"cached wrong; prompt and answer may reach {longest}: lower max_new_tokens, or {BASE}"
             )
-
-
-def _lengths(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[int, int]:
-    mask: Any = model_kwargs.get("attention_mask")
-    cache: Any = model_kwargs.get(GENERATE_NAME)
-    whole = getattr(config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
-    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-    return cached, whole - cached

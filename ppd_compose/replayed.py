@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .mask import unplanned
 from .recorders import Recorder
 
 Thing = TypeVar("Thing")
@@ -109,7 +110,9 @@ class Replayed:
 
     def launched(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """The same, and nothing is recorded: for shapes that are not met again."""
-        return self.run(*(tensor.to(self.device, non_blocking=self._waits_by_itself) for tensor in given), **fixed)
+        there = [tensor.to(self.device, non_blocking=self._waits_by_itself) for tensor in given]
+        with unplanned(self.device):
+            return self.run(*there, **fixed)
 
     @property
     def _waits_by_itself(self) -> bool:

@@ -6,6 +6,7 @@ Knows the layout of rows, positions and columns. Does not decide which rows ther
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +23,7 @@ from .fixed import Memory, memory_of
 from .forward import Forward
 from .inplace import count, hide, make_room
 from .lineage import ancestors, row_depths
-from .mask import layered_mask
+from .mask import layered_mask, unplanned
 from .recorded import Inputs, play
 from .tree import Appended, Bools, Ints, TokenTree, stacked_parents
 
@@ -187,13 +188,10 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
     # For a compiled forward always embeddings: one graph serves all.
     plain = not rows.appended and not forward.compiled
     given = {"input_ids": words[None]} if plain else {"inputs_embeds": rows.embedded(forward.embed, words)}
-    return forward.model(
-        **given,
-        **_who_sees_whom(forward, cache, context, front, rows.parents),
-        **with_cache(forward.model, cache),
-        return_dict=True,
-        **wanted,
-    )
+    told = _who_sees_whom(forward, cache, context, front, rows.parents)
+    # Without a mask a row is computed as in plain decoding, to the last bit.
+    with unplanned(forward.device) if "attention_mask" in told else nullcontext():
+        return forward.model(**given, **told, **with_cache(forward.model, cache), return_dict=True, **wanted)
 
 
 def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:

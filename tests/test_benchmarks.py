@@ -21,6 +21,7 @@ from ppd_compose.integrations.medusa import MC_SIM_7B_63
 from ppd_compose.integrations.medusa.choices import Choices
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_compose import tokenizer
+from test_prefix import with_prefix
 from tiny import prompt, prompt_tokens, tiny
 
 from ppd_compose import Budget, TokenTree, compose
@@ -121,7 +122,7 @@ def test_acceptance_tells_each_drafters_share(monkeypatch):
 def test_latency_leaves_the_cache_as_it_was(monkeypatch):
     monkeypatch.setattr(latency, "track", lambda items, _: items)
     model = compose(tiny(dtype=torch.float32), budget=16)
-    points = latency.curves({"eager": model, "again": model}, [8, 24], [1, 4], 2)
+    points = list(latency.curves({"eager": model, "again": model}, [8, 24], [1, 4], 2))
     assert [(point["context"], point["rows"]) for point in points] == [(8, 1), (8, 4), (24, 1), (24, 4)]
     assert all(seconds > 0 for point in points for seconds in point["seconds"].values())
     assert all(point["floor_seconds"] > 0 for point in points)
@@ -153,18 +154,20 @@ def test_steps_of_a_random_base_accept_as_often_as_told(tmp_path):
 def test_parts_for_an_accelerator_are_run_once_and_those_that_fail_are_told(tmp_path, monkeypatch):
     ran = []
 
-    def run(command, check, stdout, timeout):
+    def run(command, check, stdout, timeout, env):
         script, file = command[1], command[command.index("--json") + 1]
         ran.append(script)
+        assert 0 < timeout < 600
+        assert env["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+        (tmp_path / file).write_text("{}")
         if script.endswith("throughput.py") and len(ran) == 1:
             raise subprocess.TimeoutExpired(command, timeout)
-        assert 0 < timeout < 600
-        (tmp_path / file).write_text("{}")
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(typer.Exit):
         accelerator.main(tmp_path, shapes="tiny+1b")
     assert len(ran) == 7
+    assert (tmp_path / "throughput.partial.json").exists()
     accelerator.main(tmp_path, shapes="tiny+1b")
     assert len(ran) == 8
     assert ran[-1] == ran[0]
@@ -174,9 +177,10 @@ def test_parts_for_an_accelerator_are_run_once_and_those_that_fail_are_told(tmp_
 LOGITS = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
-def test_rows_computed_alone_give_the_very_numbers_of_generate():
+@pytest.mark.parametrize("drafter", [lambda base: prompt_tokens(), with_prefix], ids=["no prefix", "prefix"])
+def test_rows_computed_alone_give_the_very_numbers_of_generate(drafter):
     base = tiny(dtype=torch.bfloat16)
-    model = compose(base, prompt_tokens(), budget=12)
+    model = compose(base, drafter(base), budget=12)
     products = exactness.products(base)
     for seed in range(4):
         ids = prompt(seed=seed)
@@ -192,9 +196,10 @@ def test_rows_computed_alone_give_the_very_numbers_of_generate():
     assert torch.nn.Linear.forward.__qualname__ == "Linear.forward"
 
 
-def test_near_ties_are_decided_by_forwards_of_one_row_and_leave_the_cache_as_it_was():
+@pytest.mark.parametrize("drafter", [lambda base: prompt_tokens(), with_prefix], ids=["no prefix", "prefix"])
+def test_near_ties_are_decided_by_forwards_of_one_row_and_leave_the_cache_as_it_was(drafter):
     base = tiny(dtype=torch.float32)
-    model = compose(base, prompt_tokens(), "recycling", budget=8)
+    model = compose(base, drafter(base), "recycling", budget=8)
     told = {}
     for gap in (-1.0, float("inf")):
         ties = exactness.NearTies(gap)

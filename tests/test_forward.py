@@ -5,6 +5,7 @@ import shutil
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import MethodType
 
@@ -35,6 +36,7 @@ from ppd_compose.built import built
 from ppd_compose.cache import GENERATE_NAME, commit, recording, with_cache
 from ppd_compose.forward import Forward, forward_of
 from ppd_compose.inplace import count, make_room
+from ppd_compose.mask import unplanned
 from ppd_compose.packed import PackedLinear, can_pack
 from ppd_compose.verify import Context, verify
 
@@ -783,3 +785,17 @@ def test_hidden_states_are_told_once_whoever_asks_first(first):
     once = dict(model.stats.candidates)
     answer(model)
     assert dict(model.stats.candidates) == once
+
+
+def test_attention_of_trees_on_cuda_is_not_planned_anew_for_every_size():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with suppress(KeyboardInterrupt), unplanned(torch.device("cuda", 0)):
+        assert not enabled()
+        with unplanned(torch.device("cuda", 0)):
+            assert not enabled()
+        assert not enabled()
+        raise KeyboardInterrupt
+    assert enabled() == before
+    with unplanned(torch.device("cpu")):
+        assert enabled() == before

@@ -700,3 +700,24 @@ def test_the_tree_that_drafters_are_shown_is_not_theirs_to_change(place):
     expected = base.generate(prompt(), max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
     assert seen
+
+
+def test_a_drafter_may_write_each_tree_where_the_one_before_stood():
+    class Thrifty:
+        name = "thrifty"
+
+        def __init__(self, ids):
+            self.ids, self.tree = ids, TokenTree.of([0] * 3, [-1, 0, 1], [0.0, -0.1, -0.2])
+
+        @hookimpl
+        def propose(self, step):
+            ahead = self.ids[step.length - 1 : step.length + 2]
+            self.tree.tokens[:] = ahead if len(ahead) == 3 else [step.ids[-1]] * 3
+            return self.tree
+
+    base = tiny()
+    expected = base.generate(prompt(), max_new_tokens=24, do_sample=False)
+    model = compose(base, Thrifty(expected[0].tolist()), budget=8)
+    assert torch.equal(model.generate(prompt(), max_new_tokens=24, do_sample=False), expected)
+    (accepted,) = model.stats.accepted.values()
+    assert sum(accepted.values()) > 12

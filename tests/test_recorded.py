@@ -548,3 +548,31 @@ def test_cuda_graphs_give_the_tokens_of_the_base(family):
                 assert torch.equal(answer(model, ids, tokens), answer(base, ids, tokens))
     (memory,) = memories(model)
     assert len(memory.store.recordings) > 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_say_in_half_precision_what_launched_forwards_do():
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1}
+    base = tiny(dtype=torch.bfloat16, **sizes).to("cuda")  # heads of 64, which the fast kernels take
+    ids, told = prompt().cuda(), {}
+    for compile in (False, True):
+        model = compose(base, prompt_tokens(hidden=128), budget=12, compile=compile)
+        told[compile] = answer(model, ids, 2, output_logits=True, return_dict_in_generate=True).logits[1]
+    torch.testing.assert_close(told[True], told[False], atol=0.05, rtol=0.05)
+
+
+def test_a_device_that_must_not_be_waited_for_may_be_again_where_warnings_are_errors(monkeypatch):
+    """As torch warns when it is told so the first time."""
+    mode = []
+
+    def told(now):
+        mode.append(now)
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda now: mode.append(now) if mode else told(now))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with recorders._refusing_to_wait():
+            assert mode == ["error"]
+    assert mode == ["error", 0]

@@ -19,7 +19,7 @@ from ppd_compose.cache import with_cache
 from ppd_compose.fixed import memory_of
 from ppd_compose.inplace import count, counted, lay_in_place
 from ppd_compose.lineage import ancestors
-from ppd_compose.mask import Attention
+from ppd_compose.mask import Attention, unplanned
 from ppd_compose.recorded import MANY, Inputs, play, recorded_rows
 from ppd_compose.tree import Ints
 
@@ -87,13 +87,14 @@ class Forwards:
     def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, last: int) -> Tensor:
         keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         model: Any = self.model
-        out = model(
-            **self._inputs(tokens, self.prompts[torch.from_numpy(kinds)]),
-            **self._places(length, parents, len(tokens), len(kinds)),
-            **keep,
-            **with_cache(model, self.cache),
-            return_dict=True,
-        )
+        with unplanned(model.device):
+            out = model(
+                **self._inputs(tokens, self.prompts[torch.from_numpy(kinds)]),
+                **self._places(length, parents, len(tokens), len(kinds)),
+                **keep,
+                **with_cache(model, self.cache),
+                return_dict=True,
+            )
         logits: Tensor = out.logits[0, -last:]
         return logits
 
