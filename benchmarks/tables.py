@@ -139,7 +139,7 @@ def _strict() -> str:
     took = {way: told["seconds"] / told["tokens"] for way, told in ways.items()}
     longer = [took[way] / took["as it is"] for way in ("near ties alone", "products and attention")]
     return (
-        "| greedy, bfloat16, packed, 24 questions, 48 tokens, 8 rows | "
+        "| greedy, bfloat16, eager forwards, 24 questions, 48 tokens, 8 rows | "
         f"{as_it_is['identical']:.0f} of {as_it_is['questions']:.0f} identical; "
         f"{ties['identical']:.0f} where near ties are decided by forwards of one row, {longer[0]:.2f} times the time; "
         f"{alone['identical']:.0f} where every row is computed as if alone, {longer[1]:.2f} times |"
