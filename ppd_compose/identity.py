@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +78,28 @@ class Identity:
 def device_name(model: PreTrainedModel) -> str:
     """The device that `model` computes on, as its maker calls it; of a CPU also which instructions torch uses, as one
     name stands for several kinds."""
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
+    if model.device.type in ("cuda", "xpu"):
+        name: str = getattr(torch, model.device.type).get_device_name(model.device)
+        return name
     if model.device.type != "cpu":
         return model.device.type
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"CPU: {name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU: {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu_name() -> str:
+    """What Linux and macOS tell of the kind of CPU, which of ARM's on Linux is numbers."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        return asked.stdout.strip() or platform.machine()
+    told: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            what, _, value = line.partition(":")
+            told.setdefault(what.strip(), value.strip())
+    numbers = " ".join(told[what] for what in ("CPU implementer", "CPU part") if what in told)
+    return told.get("model name") or numbers or platform.processor() or platform.machine()
 
 
 def weights_digest(model: PreTrainedModel) -> str:

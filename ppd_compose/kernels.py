@@ -5,6 +5,7 @@ Knows oneDNN and FBGEMM, torch's libraries for products on a CPU. Does not know 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ def can_multiply(dtype: torch.dtype) -> bool:
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether torch's own product in the half precision `dtype` takes as long for every row here as for the first, and
     that with laid out weights would not."""
-    return can_multiply(dtype) and not _native(dtype)
+    return can_multiply(dtype) and not _native(dtype) and not _is_arm()
 
 
 def multiplier(weight: Tensor, bias: Tensor | None) -> Multiply:
@@ -44,12 +45,19 @@ def multiplier(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 
 def _native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies in `dtype` on this CPU."""
+    """Whether oneDNN multiplies in `dtype` on this CPU, and has fast kernels for laid out weights of it: on ARM those
+    of half precision took a hundred times as long as plain ones (pytorch/pytorch#180447)."""
+    if _is_arm():
+        return dtype == torch.float32
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 def _has_fbgemm() -> bool:

@@ -83,7 +83,8 @@ SeedOption = Annotated[int, typer.Option(help="Same seed, same weights.")]
 CheckpointOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 DataOption = Annotated[str, typer.Option(help="Where the prompts come from, for the card.")]
 
-ABSOLUTE = re.compile(r"(?:^|(?<=[=+]))/(?:[^=+]*/)?([^/=+]*)/?(?=[=+]|$)")  # paths, alone or behind "=" or "+"
+# Paths from a root, Windows' too, alone or behind "=" or "+".
+ABSOLUTE = re.compile(r"(?:^|(?<=[=+]))(?:/|[A-Za-z]:[\\/]|\\\\)(?:[^=+]*[\\/])?([^\\/=+]*)[\\/]?(?=[=+]|$)")
 
 
 def compiling(compile: bool, regions: bool) -> bool | str:

@@ -129,7 +129,9 @@ class FixedMemories:
             visible: bool `[tokens]`, which of those that are cached are no padding.
             given_back: whether somebody reads `cache` afterwards.
         """
-        lending = self.lendings.of(model, taken_for_given(model), lambda: partial(_memory, model.device, type(model)))
+        lending = self.lendings.of(
+            model, taken_for_given(model), lambda: partial(_memory, model.device, type(model), set())
+        )
         with lending.lent() as memory:
             try:
                 memory.take_in(cache, visible)
@@ -142,8 +144,9 @@ class FixedMemories:
                     memory.cache = None
 
 
-def _memory(device: torch.device, kind: type) -> Memory:
-    return Memory(RecordingStore(partial(RECORDERS[device.type], device), f"forwards of {kind.__name__}"))
+def _memory(device: torch.device, kind: type, never_wait: set[Any]) -> Memory:
+    make_recorder = partial(RECORDERS[device.type], device, never_wait)
+    return Memory(RecordingStore(make_recorder, f"forwards of {kind.__name__}"))
 
 
 def play(

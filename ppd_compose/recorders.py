@@ -23,12 +23,17 @@ class CudaGraphs:
 
     All graphs of one recorder share their memory, as only one at a time is played and what it gave is copied. They are
     to go together: with the last of them that memory does, and so does what kernels keep for their stream.
+
+    Args:
+        device: the device.
+        never_wait: functions that do not wait for it, as was seen. Recorders that are given the same ones share them,
+            as looking makes all other threads fail that wait meanwhile.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, never_wait: set[Any]) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool: Any = None
-        self.never_wait: set[Any] = set()  # functions, as was seen
+        self.never_wait = never_wait
 
     def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Record `run`, which may read and write nothing but tensors that stay, and never wait for the device.
@@ -96,4 +101,4 @@ def _workspaces_within() -> Iterator[None]:
 
 
 _one_at_a_time = Lock()  # a process may record one graph at a time
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraphs}  # by kind of device
+RECORDERS: dict[str, Callable[[torch.device, set[Any]], Recorder]] = {"cuda": CudaGraphs}  # by kind of device

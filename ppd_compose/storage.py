@@ -45,7 +45,8 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; on success it becomes `target`, which must not exist yet."""
+    """Yield a temporary folder beside `target`; on success it becomes `target`, which must not exist yet, or be
+    an empty folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(target)
     staging.mkdir()
@@ -54,6 +55,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
         for path in staging.rglob("*"):
             if path.is_file():
                 _sync(path)
+        if target.is_dir():
+            target.rmdir()  # an empty one, which Windows would not replace
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

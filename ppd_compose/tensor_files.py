@@ -19,14 +19,15 @@ FEW = 4  # names that a message lists
 
 
 def tensors_in(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]] = list) -> dict[str, Tensor]:
-    """The `wanted` tensors, by name, of a file: safetensors by its suffix, else one that `torch.save` wrote.
+    """Copies of the `wanted` tensors, by name, of a file: safetensors by its suffix, else one that `torch.save` wrote.
+    Nothing holds the file afterwards, which Windows would not let be replaced.
 
     Raises `ValueError` for a file that is damaged or holds anything else, and `OSError` for one that cannot be opened.
     """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in wanted(file.keys())}
+                return {name: file.get_tensor(name).clone() for name in wanted(file.keys())}
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError):  # of the machine, not of the file
         raise
@@ -36,7 +37,7 @@ def tensors_in(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]] = li
         raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}: it is a file of something else")
     if repeated := [name for name, value in held.items() if not _lies_whole(value)]:
         raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch it again")
-    return {name: held[name] for name in wanted(held)}
+    return {name: held[name].clone() for name in wanted(held)}
 
 
 def some(names: Iterable[str]) -> str:

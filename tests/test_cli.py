@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,6 +382,10 @@ def test_no_held_out_prompt_is_no_option(place, tmp_path):
             ["--drafters", "ppd+/home/me/y+lookup", "--json", "./x.json"],
             "--drafters ppd+y+lookup --json ./x.json",
         ),
+        (
+            [r"--out=C:\Users\me\x", "--drafters", r"ppd+d:/heads/y+\\server\share\z", "--data", "a: b"],
+            "--out=x --drafters ppd+y+z --data 'a: b'",
+        ),
     ],
 )
 def test_commands_are_told_without_the_folders_of_this_machine(monkeypatch, words, told):
@@ -438,6 +443,15 @@ def test_two_at_once_convert_the_base_once(tmp_path, monkeypatch):
     assert found[0] == found[1]
     assert len(converted) == 1
     assert (found[0].folder / "config.json").is_file()
+
+
+def test_a_base_that_was_converted_is_found_where_nobody_may_write(tmp_path, monkeypatch):
+    fake_conversion(monkeypatch, tmp_path, lambda gguf, folder, *_: (folder / "config.json").write_text("{}"))
+    found = demo_base.find_demo_base()
+    for write in ("mkdir", "touch"):
+        monkeypatch.setattr(Path, write, lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(demo_base, "FileLock", lambda path: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert demo_base.find_demo_base() == found
 
 
 def test_a_conversion_that_dies_half_way_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from ppd_compose import PromptTokens, load_drafter, shipped
 from ppd_compose.identity import Identity
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

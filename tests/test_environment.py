@@ -1,12 +1,14 @@
 """Where results say that they come from."""
 
 import subprocess
+from pathlib import Path
 
+import pytest
 from tiny import tiny
 
 from ppd_compose import environment as environment_module
 from ppd_compose.environment import environment
-from ppd_compose.identity import Identity
+from ppd_compose.identity import Identity, device_name
 
 
 def test_without_git_a_result_names_no_commit(monkeypatch):
@@ -52,3 +54,15 @@ def test_a_folder_is_called_as_it_is_wherever_one_stands(tmp_path, monkeypatch):
     for told, name in names.items():
         base.config.name_or_path = told
         assert Identity.of(base).name == name
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: Some CPU\n", "Some CPU"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n", "0x41 0xd4f"),
+    ],
+)
+def test_cpus_without_a_name_are_told_apart(told, name, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: told)
+    assert device_name(tiny()).startswith(f"CPU: {name}, ")

@@ -353,6 +353,31 @@ def test_who_composes_where_further_rows_are_dear_is_told_the_way_out(monkeypatc
         compose(tiny(dtype=torch.float32))
 
 
+@needs_packing
+def test_half_precision_is_widened_on_arm_and_nothing_is_said_of_its_speed(monkeypatch):
+    """There oneDNN takes a hundred times as long for laid out weights of it."""
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(kernels, "_has_fbgemm", lambda: False)
+    monkeypatch.setattr(
+        kernels, "_by_onednn", lambda weight, bias: lambda rows: nn.functional.linear(rows, weight, bias)
+    )
+    dice = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((3, 64), (40, 64)))
+    assert torch.equal(kernels.multiplier(weight, None)(rows), (rows.float() @ weight.float().T).bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compose(tiny(dtype=torch.bfloat16))
+
+
+def test_a_torch_without_onednn_packs_nothing_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    base = tiny(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="built without oneDNN.*packed=True changes nothing") as told:
+        model = compose(base, prompt_tokens(), budget=8, packed=True)
+    assert told[0].filename == __file__
+    assert torch.equal(answer(model), answer(base))
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_float16_is_packed_where_the_cpu_does_not_multiply_in_it(native, monkeypatch):
     monkeypatch.setattr(kernels, "_native", lambda dtype: native)

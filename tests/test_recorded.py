@@ -2,6 +2,7 @@
 a CUDA graph does them."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ class Tape(TorchDispatchMode):
     played = 0
     within = torch.inference_mode  # what was made in it can be written to in it alone
 
-    def __init__(self, device):
+    def __init__(self, *_):
         super().__init__()
 
     def __call__(self, run):
@@ -493,7 +494,7 @@ def test_what_a_plugin_keeps_of_a_forward_is_not_written_over(taped):
 
 
 def test_one_graph_of_fixed_sizes_serves_windows(traced, monkeypatch):
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda device: lambda run: run)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda *_: lambda run: run)
     base = tiny("gemma3", **FEW_LAYERS["gemma3"])
     model = compose(base, prompt_tokens(), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
@@ -505,7 +506,7 @@ def test_one_graph_of_fixed_sizes_serves_windows(traced, monkeypatch):
 @needs_compiler
 def test_a_compiled_forward_of_fixed_sizes_gives_the_tokens_of_the_base(monkeypatch):
     """As it is where it cannot be recorded."""
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda device: lambda run: run)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", lambda *_: lambda run: run)
     base = tiny()
     model = compose(base, with_prefix(base), budget=12, compile=True)
     assert torch.equal(answer(model), answer(base))
@@ -576,3 +577,25 @@ def test_a_device_that_must_not_be_waited_for_may_be_again_where_warnings_are_er
         with recorders._refusing_to_wait():
             assert mode == ["error"]
     assert mode == ["error", 0]
+
+
+def test_other_threads_are_not_to_wait_once_for_each_model_and_no_more(monkeypatch):
+    """Whoever waits meanwhile, in any thread, gets an error."""
+    made = []
+
+    class Noted(Tape):
+        def __init__(self, device, never_wait):
+            super().__init__()
+            made.append(never_wait)
+
+    record_as_they_are(monkeypatch, "cpu", Noted)
+    base = tiny()
+    model, another = (compose(base, prompt_tokens(), budget=12, compile=True) for _ in range(2))
+    answer(model, tokens=600)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: answer(model, prompt(seed=seed), tokens=60), range(6)))
+    mine = len({id(seen) for seen in made})
+    assert len(made) > mine
+    assert mine == 2  # of its forwards, and of what its prompt tokens guess
+    answer(another)
+    assert len({id(seen) for seen in made}) == 2 * mine
