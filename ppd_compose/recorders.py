@@ -93,11 +93,11 @@ def _refusing_to_wait() -> Iterator[None]:
 def _workspaces_within() -> Iterator[None]:
     """Within, matrix products get the memory that they work in anew, so in a recording out of its own: what they had
     before belongs to the stream, and others let go of it, as inductor's graphs do of all there is."""
-    torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]  # where torch has CUDA
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 _one_at_a_time = Lock()  # a process may record one graph at a time
