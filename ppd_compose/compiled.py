@@ -57,14 +57,21 @@ def _ways(model: Any, key: Hashable, regions: bool) -> Iterator[tuple[Hashable, 
 
 def _first(ways: list[tuple[Hashable, Callable[..., Any]]], **kwargs: Any) -> Any:
     """What the first of `ways` gives. One that torch cannot compile is left out from now on, for all models built
-    alike."""
+    alike.
+
+    Raises `RuntimeError` where it can compile none, as without a compiler.
+    """
     while True:
         way, forward = ways[0]
         try:
             return forward(**kwargs)
-        except Exception as error:
-            if len(ways) == 1 or not isinstance(error, (Unfit, torch._dynamo.exc.TorchDynamoException)):
-                raise
+        except (Unfit, torch._dynamo.exc.TorchDynamoException) as error:
+            if len(ways) == 1:
+                why = str(error).strip().partition("\n")[0]
+                raise RuntimeError(
+                    f"torch cannot compile this model's forward here ({why}): install what it lacks, or leave compile "
+                    "out (on a CPU packed=True is next in speed)"
+                ) from error
             _refused.add(way)
             del ways[0]
 

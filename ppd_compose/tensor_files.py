@@ -6,6 +6,7 @@ the tensors are for.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,18 +17,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 FEW = 4  # names that a message lists
+HOLDS = os.name == "nt"  # whether the system lets no file be replaced of which something is in use
 
 
 def tensors_in(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]] = list) -> dict[str, Tensor]:
-    """Copies of the `wanted` tensors, by name, of a file: safetensors by its suffix, else one that `torch.save` wrote.
-    Nothing holds the file afterwards, which Windows would not let be replaced.
+    """The `wanted` tensors, by name, of a file: safetensors by its suffix, else one that `torch.save` wrote.
 
     Raises `ValueError` for a file that is damaged or holds anything else, and `OSError` for one that cannot be opened.
     """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name).clone() for name in wanted(file.keys())}
+                return {name: _apart(file.get_tensor(name)) for name in wanted(file.keys())}
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError):  # of the machine, not of the file
         raise
@@ -37,7 +38,7 @@ def tensors_in(path: Path, wanted: Callable[[Iterable[str]], Iterable[str]] = li
         raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}: it is a file of something else")
     if repeated := [name for name, value in held.items() if not _lies_whole(value)]:
         raise ValueError(f"{path}: {repeated[0]} promises more entries than the file holds: fetch it again")
-    return {name: held[name].clone() for name in wanted(held)}
+    return {name: _apart(held[name]) for name in wanted(held)}
 
 
 def some(names: Iterable[str]) -> str:
@@ -45,6 +46,11 @@ def some(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - FEW} more" if len(listed) > FEW else ""
     return ", ".join(listed[:FEW]) + more or "nothing"
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """`tensor`, which lies in a file; a copy where else that file could not be replaced."""
+    return tensor.clone() if HOLDS else tensor
 
 
 def _lies_whole(tensor: Tensor) -> bool:
