@@ -67,10 +67,11 @@ def main(
                 env={**os.environ, **SETTINGS},
             )  # fmt: skip
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            console.print(f"[yellow]{name} gave no result:[/] {type(error).__name__}", highlight=False)
             missing.append(name)
-            if result.exists():
+            if part := result.exists():
                 result.replace(result.with_suffix(".partial.json"))
+            gave = "a part of its result" if part else "no result"
+            console.print(f"[yellow]{name} gave {gave}:[/] {type(error).__name__}", highlight=False)
     if missing:
         raise typer.Exit(1)
 

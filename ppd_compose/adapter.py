@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .identity import Identity
@@ -20,6 +19,7 @@ from .reference import FILES as REFERENCE_FILES
 from .reference import TENSORS as REFERENCE_TENSORS
 from .reference import is_reference, read_reference
 from .sources import folder_of, read_object
+from .tensor_files import tensors_in
 
 FORMAT, WITH_PREFIX = 1, 2  # whoever knows but the first must not read the rows of the second without their prefix
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -168,19 +168,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
         hint = f"; {pickles[0]} is a pickle and is not opened: save it as safetensors" if pickles else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            mine = [name for name in names if name.endswith((SUFFIX, PREFIX))]
-            # Copies, as Windows would not let the file be replaced while something of it is in use.
-            tensors: dict[str, Tensor] = {name.rpartition(".")[2]: file.get_tensor(name).clone() for name in mine}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or save the adapter again") from None
+    found = tensors_in(path)
+    mine = [name for name in found if name.endswith((SUFFIX, PREFIX))]
+    tensors = {name.rpartition(".")[2]: found[name] for name in mine}
     known = {SUFFIX: FLOATS, PREFIX: (*FLOATS, EIGHT_BITS)}
     sizes = {name: held.ndim for name, held in tensors.items() if held.dtype in known.get(name, ())}
     if len(mine) != len(sizes) or sizes not in ({SUFFIX: 2}, {SUFFIX: 2, PREFIX: 5}):
         raise ValueError(
             f"{path} must hold one matrix of floats named ...{SUFFIX}, and may hold a prefix of five dimensions named "
-            f"...{PREFIX}, it holds {sorted(names)}"
+            f"...{PREFIX}, it holds {sorted(found)}"
         )
     return tensors

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .kernels import is_slow
 from .mask import Attention
 from .packed import can_pack, is_packed, pack
 from .recorded import STEPS, FixedMemories, can_record, recorded_rows
-from .recorders import RECORDERS, Recorder
+from .recorders import Recorder, recorders_of
 
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 REGIONS = "regions"  # of `compile`: by these
@@ -173,8 +173,7 @@ def recorder_of(model: Any, drafter: Any = None) -> Callable[[], Recorder] | Non
     forward = vars(model).get("forwards")
     if forward is None or not forward.recorded or not (drafter is None or can_record(drafter)):
         return None
-    device = (model if drafter is None else drafter).device
-    return partial(RECORDERS[device.type], device, set())
+    return recorders_of((model if drafter is None else drafter).device)
 
 
 def _own_modules(model: Any) -> None:

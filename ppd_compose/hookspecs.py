@@ -86,13 +86,14 @@ def refine(step: Step, drafter: Any, answer: Answer) -> Answer | None:
 
 @hookspec
 def propose(step: Step) -> TokenTree | None:
-    """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step. Its arrays are the
-    loop's from then on, and may become read-only."""
+    """Draft: return a candidate tree rooted at `step.ids[-1]`, or None for no guess at this step. Its arrays are to
+    stay as they are until the next one."""
 
 
 @hookspec(firstresult=True)
 def merge(step: Step, trees: Sequence[TokenTree]) -> TokenTree | None:
-    """Return the one tree that stands for `trees`, of which the first is the bare root.
+    """Return the one tree that stands for `trees`, of which the first is the bare root. Its arrays are new ones: they
+    are kept for later steps, and become read-only.
 
     A node's `sources` are those of all trees that hold it, or'ed: by them it is known what each drafter adds. Its
     `log_probs` are those of whole paths: no node claims more than its parent.

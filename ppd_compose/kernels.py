@@ -27,7 +27,7 @@ def can_multiply(dtype: torch.dtype) -> bool:
 
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether torch's own product in the half precision `dtype` takes as long for every row here as for the first, and
-    that with laid out weights would not."""
+    that with laid out weights would not. Of ARM nobody has measured it."""
     return can_multiply(dtype) and not _native(dtype) and not _is_arm()
 
 

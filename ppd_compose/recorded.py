@@ -21,7 +21,7 @@ from .built import PLAIN, Same, hooks_of, taken_for_given
 from .cache import with_cache
 from .fixed import Memory
 from .mask import Attention
-from .recorders import RECORDERS
+from .recorders import RECORDERS, Recorder, recorders_of
 from .replayed import Lendings, RecordingStore
 from .tree import Bools, Ints
 
@@ -130,7 +130,7 @@ class FixedMemories:
             given_back: whether somebody reads `cache` afterwards.
         """
         lending = self.lendings.of(
-            model, taken_for_given(model), lambda: partial(_memory, model.device, type(model), set())
+            model, taken_for_given(model), lambda: partial(_memory, recorders_of(model.device), type(model))
         )
         with lending.lent() as memory:
             try:
@@ -144,8 +144,7 @@ class FixedMemories:
                     memory.cache = None
 
 
-def _memory(device: torch.device, kind: type, never_wait: set[Any]) -> Memory:
-    make_recorder = partial(RECORDERS[device.type], device, never_wait)
+def _memory(make_recorder: Callable[[], Recorder], kind: type) -> Memory:
     return Memory(RecordingStore(make_recorder, f"forwards of {kind.__name__}"))
 
 

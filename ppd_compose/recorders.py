@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -26,8 +27,7 @@ class CudaGraphs:
 
     Args:
         device: the device.
-        never_wait: functions that do not wait for it, as was seen. Recorders that are given the same ones share them,
-            as looking makes all other threads fail that wait meanwhile.
+        never_wait: functions that do not wait for it, as was seen; see `recorders_of`.
     """
 
     def __init__(self, device: torch.device, never_wait: set[Any]) -> None:
@@ -102,3 +102,9 @@ def _workspaces_within() -> Iterator[None]:
 
 _one_at_a_time = Lock()  # a process may record one graph at a time
 RECORDERS: dict[str, Callable[[torch.device, set[Any]], Recorder]] = {"cuda": CudaGraphs}  # by kind of device
+
+
+def recorders_of(device: torch.device) -> Callable[[], Recorder]:
+    """Makes recorders of what `device` is told, which share what was seen of functions: while one is looked at, other
+    threads that wait for the device fail."""
+    return partial(RECORDERS[device.type], device, set())

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from .tensor_files import tensors_in
 
 FILES = ("custom_lm_head.pt", "weighting_layers.pt", "prefix/*")  # asked for, to be refused by name
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")  # the latter is unpickled to tensors and nothing else
@@ -64,15 +65,8 @@ def _rows(folder: Path) -> Tensor:
     path = next((folder / name for name in TENSORS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder / TENSORS[0]} is missing: fetch the adapter again")
-    try:
-        if path.suffix == ".safetensors":
-            held: Any = load_file(path)
-        else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler of tensors alone raises whatever the bytes lead it to
-        raise ValueError(f"{path} is no whole file of tensors ({error}): fetch the adapter again") from None
-    rows = held.get(KEY) if isinstance(held, dict) else None
-    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.device.type != "cpu":
+    rows = tensors_in(path).get(KEY)
+    if rows is None:
         raise ValueError(f"{path} must hold a tensor named {KEY}: it belongs to another kind of adapter")
     if rows.nbytes > path.stat().st_size:
         raise ValueError(f"{path} promises a tensor of {rows.nbytes} bytes, it has fewer: fetch the adapter again")

@@ -66,3 +66,11 @@ def test_a_folder_is_called_as_it_is_wherever_one_stands(tmp_path, monkeypatch):
 def test_cpus_without_a_name_are_told_apart(told, name, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path, **_: told)
     assert device_name(tiny()).startswith(f"CPU: {name}, ")
+
+
+def test_what_changes_a_measurement_from_outside_is_told_with_it(monkeypatch):
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    monkeypatch.delenv(name, raising=False)
+    assert name not in environment(tiny(), "measure")
+    monkeypatch.setenv(name, "1")
+    assert environment(tiny(), "measure")[name] == "1"

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from ppd_compose.paired import read_pair, write_pair
+from ppd_compose.tensor_files import tensors_in
 from ppd_compose.tree import Ints
 
 TENSORS, FACTS = "prompt_heads.safetensors", "prompt_heads.json"
@@ -107,8 +106,8 @@ def read_prompt_heads(folder: Path) -> PromptHeads | None:
         return None
     told = read_pair(path, FACTS)
     try:
-        tensors = load_file(path)
+        tensors = tensors_in(path)
         kept: dict[str, Any] = {name: told[name] for name in ("accuracy", "training") if name in told}
         return PromptHeads(tensors["down"], tensors["up"], str(told["prompt_tokens"]), kept)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no prompt heads ({error}): fetch or save them again") from None
