@@ -827,10 +827,10 @@ def test_attention_of_trees_on_cuda_is_not_planned_anew_for_every_size():
 
 
 @needs_compiler
-def test_without_a_compiler_the_way_out_is_told(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+def test_without_a_compiler_the_way_out_is_told():
     base = tiny(hidden_size=40, num_hidden_layers=1)  # which no other test has compiled
     model = compose(base, prompt_tokens(hidden=40), budget=8, compile=True)
-    with pytest.raises(RuntimeError, match=r"cannot compile .*No working C\+\+ compiler.*or leave compile out"):
+    told = pytest.raises(RuntimeError, match=r"cannot compile .*No working C\+\+ compiler.*or leave compile out")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), told:
         answer(model)
     assert torch.equal(answer(compose(base, prompt_tokens(hidden=40), budget=8)), answer(base))
