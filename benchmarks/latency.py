@@ -23,11 +23,12 @@ from transformers import Cache, DynamicCache
 from ppd_compose import TokenTree, compose
 from ppd_compose.bench_job import WAYS
 from ppd_compose.cache import commit, recording, with_cache
+from ppd_compose.device import wait
 from ppd_compose.environment import environment
 from ppd_compose.forward import forward_of
 from ppd_compose.loading import DTYPES
 from ppd_compose.storage import write_text
-from ppd_compose.verify import Context, verify, wait
+from ppd_compose.verify import Context, verify
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 1024, 2048, 4096)
@@ -45,10 +46,10 @@ def filled(model: Any, context: int) -> Iterator[Cache]:
 
 def timed(model: Any, cache: Cache, context: int, tree: TokenTree) -> float:
     """Seconds of one forward below `cache`, which is as it was after it."""
-    forward = forward_of(model)
+    forward, seen = forward_of(model), Context.of(torch.ones(context, dtype=torch.bool, device=model.device))
     wait(model.device)
     begin = time.perf_counter()
-    verified = verify(forward, cache, Context.of(torch.ones(context, dtype=torch.bool)), tree, (), {})
+    verified = verify(forward, cache, seen, tree, (), {})
     seconds = time.perf_counter() - begin
     commit(cache, verified.rows, [])
     return seconds

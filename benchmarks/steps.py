@@ -22,9 +22,9 @@ from shapes import SHAPES, base_of
 
 from ppd_compose import PromptTokens, TokenTree, compose, hookimpl
 from ppd_compose.bench_job import WAYS
+from ppd_compose.device import wait
 from ppd_compose.environment import environment
 from ppd_compose.storage import write_text
-from ppd_compose.verify import wait
 
 ROWS = [16, 64]
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import commit, recording, with_cache
+from .cache import commit, recording, refuse_empty, with_cache
+from .device import wait
 from .forward import forward_of
 from .storage import write_text
 from .tree import Floats, TokenTree
-from .verify import Context, only_last, verify, wait
+from .verify import Context, only_last, verify
 
 MEASURED_CONTEXTS = (128, 640)
 BATCHES = 5  # of rounds at most, while they find faster forwards
@@ -176,13 +177,14 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, **with_cache(model, cache), **only_last(model))
+    refuse_empty(cache, model)
     return cache
 
 
 def _time_forward(model: PreTrainedModel, cache: DynamicCache, rows: int) -> float:
     """Seconds of one forward of a chain of `rows` below `cache`, which stays as it is."""
     tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
-    context = Context.of(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device="cpu"))
+    context = Context.of(torch.ones(int(cache.get_seq_length()), dtype=torch.bool, device=model.device))
     forward = forward_of(model)
     wait(forward.device)
     begin = time.perf_counter()

@@ -69,6 +69,15 @@ def refuse_cache(cache: object, model: PreTrainedModel) -> None:
         raise ValueError(f"the KV cache has other windows than {type(model).__name__}: {advice}")
 
 
+def refuse_empty(cache: Cache, model: Any) -> None:
+    """Raise `ValueError` where a forward of `model` has left nothing in `cache`."""
+    if not cache.get_seq_length():
+        raise ValueError(
+            f"{type(model).__name__} wrote nothing into its KV cache, as some do while they are trained with gradient "
+            "checkpointing: call its eval() before, or use the base model's own generate"
+        )
+
+
 def _windows(cache: Cache) -> list[int | None]:
     """By layer, how many tokens it attends to; None: all."""
     layers: list[Any] = list(cache.layers)

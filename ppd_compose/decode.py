@@ -18,8 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
 from .budget import Budget
-from .cache import commit, recording, undone, with_cache
+from .cache import commit, recording, refuse_empty, undone, with_cache
 from .check import check_path
+from .device import rows_of
 from .drafting import Drafting
 from .forward import forward_of
 from .growing import Growing
@@ -28,7 +29,7 @@ from .plugins import Plugins
 from .stats import Stats
 from .step import Answer, Step
 from .stopping import Stops
-from .tree import Appended, Ints, TokenTree
+from .tree import Appended, TokenTree
 from .verify import Context, Verified, only_last, states_of, states_wanted, verify
 
 
@@ -70,7 +71,7 @@ class Decoding:
         before = int(request.visible.sum()) - len(ids)
         self.step = Step(ids, vocab, request.budget, request.room, tuple(plugins.drafters), before)
         # Less the root, which the first commit adds.
-        self.context = Context.of(request.visible[:-1].cpu(), request.first)
+        self.context = Context.of(request.visible[:-1].to(model.device), request.first)
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
         # What is done while a device computes takes no time of its own.
@@ -126,6 +127,7 @@ class Decoding:
                 **self.kwargs,
                 **only_last(self.model),
             )
+            refuse_empty(request.cache, self.model)
             states.append(states_of(out, self.layers))
             start = end
         shown = request.visible[request.cached :].to(self.model.device)
@@ -208,24 +210,16 @@ class Decoding:
         step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
         step.answers = _answers(path[-1], len(tree), appended, verified)
-        rows = np.asarray(path)
         # Copies, as somebody may keep them for long, and these alone.
-        step.hidden_states = {layer: _rows(told, rows).clone() for layer, told in verified.hidden_states.items()}
+        step.hidden_states = {layer: rows_of(told, path).clone() for layer, told in verified.hidden_states.items()}
 
 
 def _answers(node: int, nodes: int, appended: dict[Any, Appended], verified: Verified) -> dict[Any, Answer]:
     """What the rows that hang from `node` said, in a forward of a tree of `nodes` nodes and the rows appended to it."""
     answers, begin = {}, nodes
     for (drafter, rows), logits in zip(appended.items(), verified.appended, strict=True):
-        (mine,) = (rows.nodes == node).nonzero()
-        states = {layer: _rows(told, mine + begin) for layer, told in verified.hidden_states.items()}
-        answers[drafter] = Answer(rows.kinds[mine], _rows(logits, mine), states)
+        mine = np.flatnonzero(rows.nodes == node)
+        states = {layer: rows_of(told, (begin + mine).tolist()) for layer, told in verified.hidden_states.items()}
+        answers[drafter] = Answer(rows.kinds[mine], rows_of(logits, mine.tolist()), states)
         begin += len(rows)
     return answers
-
-
-def _rows(told: Tensor, rows: Ints) -> Tensor:
-    """Rows `rows` of `told`; as a rule they stand together, and need no copy."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-        return told.narrow(0, int(rows[0]), len(rows))
-    return told[torch.from_numpy(rows).to(told.device)]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .top import best_tokens, for_host
+from .device import for_host
+from .top import best_tokens
 from .tree import Ints
 
 WIDTH = 10  # guesses taken from each distance

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .accuracy import checked_shares, marginal_gains
 from .adapter import Adapter, read_adapter, write_adapter
 from .card import model_card
+from .device import on_host
 from .ensemble import ensemble_parents, guesses
 from .forward import recorder_of
 from .hookspecs import hookimpl
@@ -30,7 +31,6 @@ from .prefix import as_prefix, refuse_huge, refuse_prefix
 from .reference import is_reference
 from .replayed import Lending, Lendings, Replayed
 from .step import Answer, Step
-from .top import on_host
 from .tree import Appended, Floats, Ints, TokenTree
 
 OTHERS = "train others for it by ppd-compose train ppd"

@@ -19,6 +19,7 @@ from transformers import Cache
 
 from .built import PLAIN, Same, hooks_of, taken_for_given
 from .cache import with_cache
+from .device import sent
 from .fixed import Memory
 from .mask import Attention
 from .recorders import RECORDERS, Recorder, recorders_of
@@ -54,7 +55,7 @@ def shown_columns(columns: int) -> int:
 
 @dataclass
 class Inputs:
-    """What a forward of fixed size is given anew each time: whole numbers, in one copy to the device."""
+    """What a forward is given anew each time beside keys and values: whole numbers, in one copy to the device."""
 
     numbers: Tensor  # int64, all of them, one behind the other
     begin: int  # columns that all rows see, but for those in front
@@ -80,6 +81,10 @@ class Inputs:
     def on(self, numbers: Tensor) -> Inputs:
         """The same, held by `numbers`."""
         return replace(self, numbers=numbers)
+
+    def there(self, device: torch.device) -> Inputs:
+        """The same on `device`."""
+        return self.on(sent(self.numbers, device))
 
     @property
     def columns(self) -> int:
@@ -173,7 +178,7 @@ def _made(
     model: Any, memory: Memory, inputs: Inputs, embed: Callable[[Tensor], Tensor], wanted: Mapping[str, Any]
 ) -> RecordedForward:
     """The forward of the size of `inputs`, recorded."""
-    now = inputs.on(inputs.numbers.to(model.device))
+    now = inputs.there(model.device)
     embeddings = embed(now.words)
     with torch.inference_mode(False):  # what was made within could not be written to without
         mine, held = inputs.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)

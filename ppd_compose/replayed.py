@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .device import sent, waits_by_itself
 from .mask import unplanned
 from .recorders import Recorder
 
@@ -105,20 +106,14 @@ class Replayed:
         key = (id(self), *((tensor.shape, tensor.dtype) for tensor in given), *sorted(fixed.items()))
         recording = self.store.kept(key, partial(self._made, self.store, given, fixed))
         for mine, theirs in zip(recording.given, given, strict=True):
-            mine.copy_(theirs, non_blocking=self._waits_by_itself)
+            mine.copy_(theirs, non_blocking=waits_by_itself(self.device))
         return tuple(told.clone() for told in recording.play())
 
     def launched(self, *given: Tensor, **fixed: Hashable) -> tuple[Tensor, ...]:
         """The same, and nothing is recorded: for shapes that are not met again."""
-        there = [tensor.to(self.device, non_blocking=self._waits_by_itself) for tensor in given]
+        there = [sent(tensor, self.device) for tensor in given]
         with unplanned(self.device):
             return self.run(*there, **fixed)
-
-    @property
-    def _waits_by_itself(self) -> bool:
-        """Whether a copy that does not block has read ordinary memory of the host when it returns, as CUDA's has: the
-        source may be written over at once."""
-        return self.device.type == "cuda"
 
     def _made(self, store: RecordingStore, given: Sequence[Tensor], fixed: Mapping[str, Hashable]) -> _RecordedCall:
         with torch.inference_mode(False):  # what was made within could not be written to without

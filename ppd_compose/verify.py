@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import Cache
 from transformers.utils import output_capturing
 
 from .cache import with_cache
+from .device import wait
 from .fixed import Memory, memory_of
 from .forward import Forward
 from .inplace import count, hide, make_room
@@ -34,7 +35,7 @@ class Context:
     is told by how many columns it has, and the source of the only appended rows that see it."""
 
     length: int
-    flags: Tensor  # bool [length or more], False for padding; those behind `length` do not count yet
+    flags: Tensor  # bool [length or more], where the model is, False for padding; others do not count yet
     tokens: int  # columns that are no padding
     prefixes: tuple[tuple[int, int], ...] = ()
     first: int = 0  # position of the first token
@@ -108,14 +109,6 @@ def verify(
     return Verified(logits, list(answers), states, len(rows), picks)
 
 
-def wait(device: torch.device) -> None:
-    """Until `device` has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the whole device may not be waited for in captures
-    elif device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments of a forward that gives the hidden states of `layers`, and on newer transformers no others."""
     # Versions between 5.16 and 5.23 take a list too, and number its layers otherwise.
@@ -161,10 +154,10 @@ class _Rows:
             parts.append(parts[0].new_zeros(1, self.idle, parts[0].shape[2]))
         return torch.cat(parts, dim=1)
 
-    @cached_property
-    def parents(self) -> Ints:
-        """Of each row the one that it sees last, -1: none."""
-        return np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)])
+    def inputs(self, context: Context, begin: int, front: Bools) -> Inputs:
+        """What their forward is given: they stand behind `begin` columns, in `front` of which others see some."""
+        parents = np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)])
+        return Inputs.of(begin, self.words(), context.positions(row_depths(parents)), ancestors(parents), front)
 
     def see_in_front(self, context: Context) -> Bools:
         """Which rows see which columns of the prefixes `[rows, columns]`: of a tree and idle ones none does."""
@@ -184,11 +177,11 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
     if not forward.compiled and not front.any():  # a compiled graph has all columns, so that one serves all
         front = front[:, :0]
     hide(cache, front=not front.shape[1], stale=not forward.compiled)
-    words = torch.from_numpy(rows.words()).to(forward.device)
+    inputs = rows.inputs(context, context.length, front).there(forward.device)
     # For a compiled forward always embeddings: one graph serves all.
-    plain = not rows.appended and not forward.compiled
+    plain, words = not rows.appended and not forward.compiled, inputs.words
     given = {"input_ids": words[None]} if plain else {"inputs_embeds": rows.embedded(forward.embed, words)}
-    told = _who_sees_whom(forward, cache, context, front, rows.parents)
+    told = _who_sees_whom(forward, cache, context, inputs)
     # Without a mask a row is computed as in plain decoding, to the last bit.
     with unplanned(forward.device) if "attention_mask" in told else nullcontext():
         return forward.model(**given, **told, **with_cache(forward.model, cache), return_dict=True, **wanted)
@@ -197,30 +190,19 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
 def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
     """The same by what was recorded over `memory`, in which the keys and values lie."""
     memory.make_room(len(rows))
-    positions, see = context.positions(row_depths(rows.parents)), ancestors(rows.parents)
-    inputs = Inputs.of(memory.columns, rows.words(), positions, see, rows.see_in_front(context))
+    inputs = rows.inputs(context, memory.columns, rows.see_in_front(context))
     return play(forward.model, memory, inputs, partial(rows.embedded, forward.embed), wanted)
 
 
-def _who_sees_whom(forward: Forward, cache: Cache, context: Context, front: Bools, parents: Ints) -> dict[str, Any]:
-    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding.
-
-    Args:
-        front: bool `[rows, columns]`, which rows see which columns of the prefixes.
-        parents: `[rows]`, of each row the one that it sees last.
-    """
-    depths = row_depths(parents)
-    places = {"position_ids": torch.from_numpy(context.positions(depths)[None]).to(forward.device)}
-    if len(parents) == 1 and context.tokens == context.length:
+def _who_sees_whom(forward: Forward, cache: Cache, context: Context, inputs: Inputs) -> dict[str, Any]:
+    """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
+    _, _, positions, own, front = inputs.parts()
+    places = {"position_ids": positions[None]}
+    if inputs.rows == 1 and context.tokens == context.length:
         return places
-    see = np.empty((len(parents), context.length + len(parents)), bool)
-    see[:, : context.length], see[:, context.length :] = context.visible.numpy(), ancestors(parents)
+    see = torch.cat([context.visible.expand(inputs.rows, -1), own], dim=1)
     # Windows are counted in columns, as transformers does: those that are hidden count too.
-    at = context.length + depths
-    columns = np.concatenate([np.arange(context.length), at])
-    told = (torch.from_numpy(one[None]) for one in (see, at, columns, front))
-    return {"attention_mask": _on(layered_mask(forward.attention, cache, *told), forward.device), **places}
-
-
-def _on(masks: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    return {kind: mask.to(device) for kind, mask in masks.items()} if isinstance(masks, dict) else masks.to(device)
+    at = positions + (context.length - context.first - context.tokens)
+    columns = torch.cat([torch.arange(context.length, device=at.device), at])
+    mask = layered_mask(forward.attention, cache, *(one[None] for one in (see, at, columns, front)))
+    return {"attention_mask": mask, **places}

@@ -699,6 +699,18 @@ def test_arguments_by_their_places_mean_what_they_mean_to_the_base():
     assert all_told[0] == all_told[1]
 
 
+@pytest.mark.parametrize("budget", [8, None])
+def test_training_that_keeps_no_keys_is_refused_until_it_pauses(budget):
+    base = tiny("gpt2")
+    model = compose(base, prompt_tokens(), budget=budget)
+    base.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match=r"nothing into its KV cache.*eval\(\)"):
+        model.generate(prompt(), max_new_tokens=4, do_sample=False)
+    model.eval()
+    same(base, model, prompt(), max_new_tokens=4, do_sample=False)
+
+
 def test_token_healing_by_the_models_own_config_is_refused_beside_a_config_that_is_silent():
     model = compose(tiny(), prompt_tokens(), budget=8)
     model.generation_config.token_healing = True

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 # Each module may import only those before it.
 ORDER = [
-    "storage", "best_first", "hookspecs", "lineage", "tree", "step", "check", "identity", "mask", "paging", "kernels",
-    "changes", "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix",
+    "storage", "best_first", "hookspecs", "lineage", "tree", "device", "step", "check", "identity", "mask", "paging",
+    "kernels", "changes", "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix",
     "regions", "built", "kept", "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest",
     "evidence", "worth", "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources",
     "tensor_files", "paired", "drafters", "stats", "measured", "drafting", "growing", "decode", "refuse", "positions",

@@ -7,8 +7,9 @@ from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 
 from ppd_compose import Step, TokenTree, compose, hookimpl
 from ppd_compose.accuracy import marginal_gains
+from ppd_compose.device import _packed, for_host, on_host
 from ppd_compose.ensemble import average, guesses
-from ppd_compose.top import _packed, best_tokens, for_host, on_host
+from ppd_compose.top import best_tokens
 
 
 class Watches:

@@ -71,9 +71,10 @@ class Forwards:
             kinds: of the rows behind these, which of the prompt tokens' embeddings they carry.
             parents: of the guesses looked at before, and of all new rows; -1 is the last token that was read.
         """
+        above = np.asarray(parents, np.int64)
         if memory_of(self.cache) is None:
-            return self._launched(length, tokens, kinds, np.asarray(parents, np.int64), last)
-        return self._played(length, tokens, kinds, np.asarray(parents, np.int64))[-last:]
+            return self._launched(length, tokens, kinds, above, last)
+        return self._played(length, tokens, kinds, above)[-last:]
 
     def lie_still(self) -> None:
         """Let the KV cache, which holds tokens and no guesses now, lie where forwards are recorded, if any are."""
@@ -85,15 +86,18 @@ class Forwards:
             self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool, device="cpu"))
 
     def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, last: int) -> Tensor:
-        keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         model: Any = self.model
+        told = self._told(length, length, tokens, kinds, parents).there(model.device)
+        _, words, at, see, front = told.parts()
+        parts = words.split([len(tokens), len(kinds)])
+        given = {"inputs_embeds": self._embedded(*parts)} if len(kinds) else {"input_ids": words[None]}
+        # A mere chain needs no mask where nothing stands before the sequence.
+        plain = not self.front and np.array_equal(parents, np.arange(-1, len(parents) - 1))
+        mask = {} if plain else {"attention_mask": self._mask(length, see, front)}
+        keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         with unplanned(model.device):
             out = model(
-                **self._inputs(tokens, self.prompts[torch.from_numpy(kinds)]),
-                **self._places(length, parents, len(tokens), len(kinds)),
-                **keep,
-                **with_cache(model, self.cache),
-                return_dict=True,
+                **given, **mask, **keep, position_ids=at[None], **with_cache(model, self.cache), return_dict=True
             )
         logits: Tensor = out.logits[0, -last:]
         return logits
@@ -102,61 +106,50 @@ class Forwards:
         """Logits of all rows by what was recorded."""
         memory: Any = memory_of(self.cache)
         rows = len(tokens) + len(kinds)
-        idle = np.full(recorded_rows(rows) - rows, -1)
-        see = ancestors(np.concatenate([parents, idle]))[len(parents) - rows :]
-        memory.make_room(len(see))
-        front = np.zeros((len(see), self.front), bool)
-        front[len(tokens) : rows] = True
-        words = np.concatenate([tokens, kinds, np.zeros(len(idle), int)])
-        at = self._standing(length, see.sum(1) - 1)
-        inputs = Inputs.of(self.front + length, words, at, see, front)
-        sizes = [len(tokens), len(kinds), len(idle)]
+        idle = recorded_rows(rows) - rows
+        memory.make_room(rows + idle)
+        inputs = self._told(self.front + length, length, tokens, kinds, parents, idle)
+        sizes = [len(tokens), len(kinds), idle]
         outputs = play(self.model, memory, inputs, lambda words: self._embedded(*words.split(sizes)), {})
         count(self.cache, rows)
         return outputs.logits[0, :rows]
 
-    def _embedded(self, tokens: Tensor, kinds: Tensor, idle: Tensor) -> Tensor:
+    def _told(
+        self, begin: int, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, idle: int = 0
+    ) -> Inputs:
+        """What a forward of new rows is given, and of `idle` ones that mean nothing, behind `begin` columns."""
+        end = len(tokens) + len(kinds)
+        see = ancestors(np.concatenate([parents, np.full(idle, -1)]))[len(parents) - end :]
+        front = np.zeros((len(see), self.front), bool)
+        front[len(tokens) : end] = True
+        words = np.concatenate([tokens, kinds, np.zeros(idle, int)])
+        return Inputs.of(begin, words, self._standing(length, see.sum(1) - 1), see, front)
+
+    def _embedded(self, tokens: Tensor, kinds: Tensor, idle: Tensor | None = None) -> Tensor:
         embed: Tensor = self.model.get_input_embeddings()(tokens)
         own = self.prompts[kinds].to(embed)
-        return torch.cat([embed, own, embed.new_zeros(len(idle), embed.shape[1])])[None]
+        return torch.cat([embed, own, embed.new_zeros(0 if idle is None else len(idle), embed.shape[1])])[None]
 
-    def _inputs(self, tokens: Sequence[int], prompts: Tensor) -> dict[str, Tensor]:
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        if not len(prompts):
-            return {"input_ids": ids}
-        embed = self.model.get_input_embeddings()(ids)
-        return {"inputs_embeds": torch.cat([embed, prompts[None].to(embed)], dim=1)}
+    def _mask(self, length: int, own: Tensor, front: Tensor) -> Any:
+        """Who sees whom in layers of each window, behind `length` columns that all see; with one none in front.
 
-    def _places(self, length: int, parents: Ints, tokens: int, prompts: int) -> dict[str, Any]:
-        """Position ids and mask of new rows, the last `prompts` being prompt tokens; a mere chain needs no mask where
-        nothing stands before the sequence."""
-        rows, old = len(parents), len(parents) - tokens - prompts
-        if not self.front and np.array_equal(parents, np.arange(-1, rows - 1)):
-            return {"position_ids": self._on(self._standing(length, np.arange(old, rows)))}
-        see = ancestors(parents)
-        depths = see.sum(1) - 1
-        apart = depths[old:, None] - np.concatenate([np.arange(-length, 0), depths])
-        see = np.concatenate([np.ones((rows - old, length), bool), see[old:]], axis=1)
-        front = np.broadcast_to(np.arange(len(see))[:, None] >= len(see) - prompts, (len(see), self.front))
-        mask = self._attention.masks(
+        Args:
+            own: bool `[rows, columns]`, of the columns behind those.
+            front: bool `[rows, columns]`, of those before all.
+        """
+        see = torch.cat([own.new_ones(len(own), length), own], dim=1)
+        return self._attention.masks(
             {
-                window: self._seen(np.concatenate([front, see], axis=1) if window is None else see & (apart < window))
+                window: (torch.cat([front, see], dim=1) if window is None else _last(see, window))[None, None]
                 for window in self.windows
             }
         )
-        return {"position_ids": self._on(self._standing(length, depths[old:])), "attention_mask": mask}
 
     def _standing(self, length: int, depths: Ints) -> Ints:
         """Positions of rows at `depths` behind the tokens read."""
         # Prompt tokens behind the last position guess tokens that there is no room for: any position will do.
         at: Ints = length + depths
         return at if self.positions is None else at.clip(max=self.positions - 1)
-
-    def _seen(self, see: Any) -> Tensor:
-        return torch.from_numpy(see)[None, None].to(self.model.device)
-
-    def _on(self, positions: Ints) -> Tensor:
-        return torch.from_numpy(positions)[None].to(self.model.device)
 
     @cached_property
     def _attention(self) -> Attention:
@@ -165,3 +158,8 @@ class Forwards:
     @cached_property
     def _keeps_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+
+def _last(see: Tensor, count: int) -> Tensor:
+    """Of the columns that each row sees, bool `[rows, columns]`, the last `count`."""
+    return see & (see.flip(1).cumsum(1).flip(1) <= count)

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ppd_compose.cache import commit
+from ppd_compose.device import for_host, on_host
 from ppd_compose.ensemble import average, ensemble_parents
 from ppd_compose.replayed import Replayed
-from ppd_compose.top import best_tokens, for_host, on_host
+from ppd_compose.top import best_tokens
 from ppd_compose.tree import Floats, Ints
 
 from .forwards import Forwards, Lend

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ppd_compose.device import for_host, on_host
 from ppd_compose.recorded import MANY, recorded_rows, shown_columns
 from ppd_compose.recorders import Recorder
 from ppd_compose.replayed import RecordingStore, Replayed
-from ppd_compose.top import best_tokens, for_host, on_host
+from ppd_compose.top import best_tokens
 from ppd_compose.tree import Bools, Ints
 
 from .borrowed import Parts

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppd_compose.device import sent
 from ppd_compose.lineage import ancestors, likeliest, renumber, row_depths
 from ppd_compose.tree import Ints, TokenTree
 
@@ -107,7 +108,7 @@ def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
 
 def _on(indices: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:
     """All of them on `device`, in one copy."""
-    whole = torch.from_numpy(np.concatenate(indices)).to(device)
+    whole = sent(torch.from_numpy(np.concatenate(indices)), device)
     apart: tuple[Tensor, ...] = whole.split([len(one) for one in indices])
     return apart
 

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.accuracy import checked_shares
 from ppd_compose.changes import state_of_layer
+from ppd_compose.device import on_host
 from ppd_compose.finish import OutputHead, output_head, refuse_other_logits
 from ppd_compose.forward import recorder_of
 from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
 from ppd_compose.replayed import Lending, Lendings
 from ppd_compose.step import Answer
-from ppd_compose.top import on_host
 from ppd_compose.tree import Ints
 
 from .choices import Choices
@@ -207,7 +207,8 @@ class MedusaHeads(PushesToHub):
         held = step.memory[self]
         v = drafter.embeddings.shape[1]
         states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)[: len(heads)]
-        (logits,) = held.running.reread(states, step.hidden_states[held.layer][-1:], torch.tensor([step.ids[-1]]))
+        root = torch.full((1,), step.ids[-1], device=states.device)
+        (logits,) = held.running.reread(states, step.hidden_states[held.layer][-1:], root)
         held.refined = step.index
         return Answer(v * np.arange(len(states)), logits, {}, held.running.token_map)
 

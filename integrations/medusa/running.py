@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ppd_compose.device import for_host
 from ppd_compose.recorders import Recorder
 from ppd_compose.replayed import RecordingStore, Replayed
-from ppd_compose.top import best_tokens, for_host
+from ppd_compose.top import best_tokens
 
 from .heads import Placed
 
