@@ -197,7 +197,8 @@ def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wan
 def _who_sees_whom(forward: Forward, cache: Cache, context: Context, inputs: Inputs) -> dict[str, Any]:
     """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
     _, _, positions, own, front = inputs.parts()
-    places = {"position_ids": positions[None]}
+    # Of a view a graph would take the place where it begins for one of the sizes.
+    places = {"position_ids": (positions.clone() if forward.compiled else positions)[None]}
     if inputs.rows == 1 and context.tokens == context.length:
         return places
     see = torch.cat([context.visible.expand(inputs.rows, -1), own], dim=1)

@@ -473,6 +473,15 @@ def test_layers_that_are_alike_share_a_graph_and_others_are_not_taken_for_each_o
         assert torch.equal(answer(model), answer(base))
 
 
+def test_one_graph_serves_a_prompt_of_one_token_and_what_follows(traced):
+    """Sizes that are equal where it is traced are others later."""
+    base = tiny(dtype=torch.float32, num_hidden_layers=1)
+    model = compose(base, budget=1, compile=True)
+    answer(model, prompt(1), tokens=2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(answer(model, prompt(1)), answer(base, prompt(1)))
+
+
 def reversed_(layer, *args, **kwargs):
     return -type(layer).forward(layer, *args, **kwargs)
 
