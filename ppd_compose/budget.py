@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import commit, recording, refuse_empty, with_cache
+from .cache import commit, recording, refuse_forgetful, with_cache
 from .device import wait
 from .forward import forward_of
 from .storage import write_text
@@ -177,7 +177,7 @@ def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, **with_cache(model, cache), **only_last(model))
-    refuse_empty(cache, model)
+    refuse_forgetful(model, cache, context)
     return cache
 
 

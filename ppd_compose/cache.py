@@ -69,9 +69,9 @@ def refuse_cache(cache: object, model: PreTrainedModel) -> None:
         raise ValueError(f"the KV cache has other windows than {type(model).__name__}: {advice}")
 
 
-def refuse_empty(cache: Cache, model: Any) -> None:
-    """Raise `ValueError` where a forward of `model` has left nothing in `cache`."""
-    if not cache.get_seq_length():
+def refuse_forgetful(model: Any, cache: Cache, tokens: int) -> None:
+    """Raise `ValueError` where forwards of `model` should have left `tokens` in `cache`, and have not."""
+    if all(layer.get_seq_length() != tokens for layer in _filled(cache)):
         raise ValueError(
             f"{type(model).__name__} wrote nothing into its KV cache, as some do while they are trained with gradient "
             "checkpointing: call its eval() before, or use the base model's own generate"

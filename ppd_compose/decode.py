@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .accept import Picker
 from .budget import Budget
-from .cache import commit, recording, refuse_empty, undone, with_cache
+from .cache import commit, recording, refuse_forgetful, undone, with_cache
 from .check import check_path
 from .device import rows_of
 from .drafting import Drafting
@@ -127,7 +127,7 @@ class Decoding:
                 **self.kwargs,
                 **only_last(self.model),
             )
-            refuse_empty(request.cache, self.model)
+            refuse_forgetful(self.model, request.cache, end)
             states.append(states_of(out, self.layers))
             start = end
         shown = request.visible[request.cached :].to(self.model.device)
