@@ -11,7 +11,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch._inductor.config
+import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from .built import PLAIN, Same, Wordless, worded
@@ -42,13 +43,21 @@ def can_keep(model: Any) -> bool:
 
 @contextmanager
 def tracing(**more: Any) -> Iterator[None]:
-    """Within, what torch traces has settings such as the scale of attention as numbers and weights as inputs, with
-    `more` of its settings.
+    """Within, what torch traces has settings such as the scale of attention as numbers, weights as inputs, and every
+    size for itself, with `more` of torch's settings.
 
-    Else it takes the former for inputs that change, finds that most cannot be, and traces everything once more; and
-    where a user has asked for frozen weights, a graph for all models that are built alike would hold those of one.
+    Else it takes the first for inputs that change, finds that most cannot be, and traces everything once more; where a
+    user has asked for frozen weights, a graph for all models that are built alike would hold those of one; and sizes
+    that happen to be equal, as two rows and the two halves of keys and values, would have to be so for ever.
     """
-    with torch._dynamo.config.patch(specialize_float=True, **more), torch._inductor.config.patch(freezing=False):
+    patches = (
+        torch._dynamo.config.patch(specialize_float=True, **more),
+        torch._inductor.config.patch(freezing=False),
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    )
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         yield
 
 

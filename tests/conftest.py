@@ -45,17 +45,22 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs are traced and computed as they are, without code made for them, which takes most of the time: what they
-    take for given is decided before that."""
-    compile = torch.compile
+    """The graphs made, which are traced and computed as they are, without code made for them, which takes most of the
+    time: what they take for given is decided before that."""
+    compile, graphs = torch.compile, []
+
+    def computed(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
 
     def uncoded(run, *, options, **how):
         kept = {name: held for name, held in options.items() if name == "guard_filter_fn"}
-        return compile(run, backend="eager", options=kept, **how)
+        return compile(run, backend=computed, options=kept, **how)
 
     monkeypatch.setattr(torch, "compile", uncoded)
     monkeypatch.setattr(compiled, "_graphs", {})
     monkeypatch.setattr(compiled, "can_keep", lambda model: False)
+    return graphs
 
 
 @pytest.fixture

@@ -482,6 +482,16 @@ def test_one_graph_serves_a_prompt_of_one_token_and_what_follows(traced):
         assert torch.equal(answer(model, prompt(1)), answer(base, prompt(1)))
 
 
+@pytest.mark.parametrize("compile", [True, "regions"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_one_graph_serves_all_that_a_budget_is_measured_by_and_what_follows(family, compile, traced):
+    base = tiny(family, dtype=torch.float32, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
+    model = compose(base, prompt_tokens(), compile=compile)
+    model.warmup()
+    assert torch.equal(answer(model), answer(base))
+    assert len(traced) == 1
+
+
 def reversed_(layer, *args, **kwargs):
     return -type(layer).forward(layer, *args, **kwargs)
 
