@@ -58,13 +58,17 @@ class Static:
 
     def __init__(self, loaded: LoadedBase) -> None:
         self.model, self.device = copy.deepcopy(loaded.model), loaded.model.device
-        self.compiled = CompileConfig(fullgraph=False, mode="default")
-        self.compiled._compile_all_devices = True
+        self.compiled = CompileConfig()  # as transformers has it, which records graphs where there is a GPU
+        if self.device.type == "cpu":
+            self.compiled = CompileConfig(fullgraph=False, mode="default")
+            self.compiled._compile_all_devices = True
+        self.cache = StaticCache(config=self.model.config, max_cache_len=LONGEST)
 
     def generate(self, ids: Tensor, **settings: Any) -> Any:
-        """As the model's own, with one size of cache for all prompts: another would be compiled anew."""
-        cache = StaticCache(config=self.model.config, max_cache_len=LONGEST)
-        return self.model.generate(ids, **{GENERATE_NAME: cache}, compile_config=self.compiled, **settings)
+        """As the model's own, with one cache for all prompts: for another size it would be compiled anew, and for
+        another place recorded."""
+        self.cache.reset()
+        return self.model.generate(ids, **{GENERATE_NAME: self.cache}, compile_config=self.compiled, **settings)
 
 
 def economize_lookup(loaded: LoadedBase) -> Any:

@@ -21,9 +21,11 @@ from ppd_compose.integrations.recycling import TokenRecycling
 from shapes import SHAPES, base_of
 
 from ppd_compose import PromptTokens, TokenTree, compose, hookimpl
+from ppd_compose.ahead import record_ahead
 from ppd_compose.bench_job import WAYS
 from ppd_compose.device import wait
 from ppd_compose.environment import environment
+from ppd_compose.forward import records
 from ppd_compose.storage import write_text
 
 ROWS = [16, 64]
@@ -50,13 +52,16 @@ class DrawnAcceptance:
             node = child
 
 
-def composed(base: Any, way: str, rows: int, rate: float) -> Any:
-    """A composition of drafters that any base takes, which verifies up to `rows` rows at a time."""
+def composed(base: Any, way: str, rows: int, rate: float, longest: int) -> Any:
+    """A composition of drafters that any base takes, which verifies up to `rows` rows at a time; sequences are of
+    `longest` tokens at most."""
     hidden = base.config.get_text_config().hidden_size
     noise = 0.02 * torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(0))
     drafters = [PromptTokens(noise, [[0.3, 0.15, 0.1, 0.05]] * 3), TokenRecycling(), PromptLookup()]
     model = compose(base, *drafters, budget=rows, plugins=[DrawnAcceptance(rate)], **WAYS[way])
     model.warmup()
+    if records(model):
+        record_ahead(model, longest)
     return model
 
 
@@ -69,10 +74,20 @@ def timed(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> float:
     return time.perf_counter() - begin
 
 
+def computing(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> dict[str, float]:
+    """The share of one generation in which a CUDA device computes; in the rest it waits for the host."""
+    if model.device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        seconds = timed(model, ids, settings)
+    busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    return {"device_share": busy / seconds}
+
+
 def told_of(model: Any) -> dict[str, float]:
     """Of a composition's last generation."""
     stats = model.stats
-    whole = sum(stats.seconds.values())
+    whole = stats.seconds["verify"] + stats.host_seconds
     return {
         "tokens_per_forward": stats.tokens_per_forward,
         "rows_per_forward": stats.rows_per_forward,
@@ -83,7 +98,7 @@ def told_of(model: Any) -> dict[str, float]:
 
 
 def contenders_of(
-    base: Any, ways: list[str], rows: list[int], rate: float, tokens: int, static: bool
+    base: Any, ways: list[str], rows: list[int], rate: float, prompt: int, tokens: int, static: bool
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
     """By name what generates, and with which settings."""
     length = {"max_new_tokens": tokens}
@@ -92,7 +107,7 @@ def contenders_of(
         made["generate static"] = (base, {**length, "cache_implementation": "static"})
     for way in ways:
         for n in rows:
-            made[f"composed {way} {n}"] = (composed(base, way, n, rate), length)
+            made[f"composed {way} {n}"] = (composed(base, way, n, rate, prompt + tokens), length)
     return made
 
 
@@ -114,7 +129,7 @@ def main(
     model.generation_config.eos_token_id = None  # every answer has its full length
     words = model.config.get_text_config().vocab_size
     ids = torch.randint(5, words, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    contenders = contenders_of(model, ways.split("+"), rows or ROWS, rate, tokens, static)
+    contenders = contenders_of(model, ways.split("+"), rows or ROWS, rate, prompt, tokens, static)
     seconds = {
         label: [timed(who, ids, settings)] for label, (who, settings) in contenders.items()
     }  # the first warms up
@@ -138,6 +153,10 @@ def main(
         }}  # fmt: skip
         if json_file:  # now already: who breaks it off has something
             write_text(json_file, json.dumps(result, indent=1) + "\n")
+    for label, (who, settings) in contenders.items():
+        result["contenders"][label] |= computing(who, ids, settings)
+    if json_file:
+        write_text(json_file, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -13,7 +13,7 @@ MEMORY = {
     "float32, AVX2": "memory-float32", "bfloat16, AVX2": "memory-kept",
     "bfloat16, AVX-512": "memory-kept-avx512", "the same, converted as it was loaded": "memory",
 }  # fmt: skip
-BEHIND = ("chart", "composed", "each", "pairs", "subsets", "sweep", "ablation", "training")
+BEHIND = ("chart", "composed", "each", "pairs", "subsets", "sweep", "ablation", "training", "forwards")
 NAMES = {README: ("speeds", "exactness", "memory"), MORE: BEHIND}
 
 
@@ -29,6 +29,19 @@ def memory() -> str:
 
 def _more(ratio: float | None) -> str:
     return "" if ratio is None else f"{100 * (ratio - 1):+.0f} %"
+
+
+def forwards() -> str:
+    """Milliseconds of a verify forward by rows and context, as the base computes it and compiled."""
+    points = load("latency")["points"]
+    rows = sorted({point["rows"] for point in points})
+    lines = ["| context | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for context in sorted({point["context"] for point in points}):
+        taken = {point["rows"]: point["seconds"] for point in points if point["context"] == context}
+        cells = [f"{1000 * taken[n]['eager']:.1f} / {1000 * taken[n]['compiled']:.1f}" for n in rows]
+        lines.append(f"| {context} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def subsets() -> str:
@@ -151,6 +164,7 @@ def render(name: str) -> str:
     made = {
         "chart": chart, "speeds": speeds, "composed": composed, "each": each, "pairs": pairs, "memory": memory,
         "subsets": subsets, "sweep": sweep, "ablation": ablation, "training": training, "exactness": exactness,
+        "forwards": forwards,
     }  # fmt: skip
     return made[name]()
 

@@ -74,7 +74,7 @@ def main(
 
     def contenders() -> dict[str, Any]:
         makers = {name: partial(drafters_of, name) for name in listings}
-        made = bench_job.composed(loaded, makers, ways.split("+"), None)
+        made = bench_job.composed(loaded, makers, ways.split("+"), None, console)
         return made | {name: unlearnt(peer) for name, peer in others.items()}
 
     words = [f"--drafters {listing}" for listing in listings] + [f"--peer {name!r}" for name in peer or []]

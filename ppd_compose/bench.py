@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .ahead import record_ahead
+from .forward import records
 from .questions import Question
 from .stats import Stats
 from .verify import only_last
@@ -86,11 +88,10 @@ def one_round(
     """Ask every contender every question that is not `done` once, and yield its number and the answers, by contender.
 
     The contenders take turns at each question, in an order that rotates with it and with the round, `turn`, so that a
-    drift of the machine meets all alike. To begin with each answers the first question read backwards, which is not
-    counted: read as it is, what learns while it decodes would know the beginning of the answer.
+    drift of the machine meets all alike. Each is warmed up first.
     """
     for model in contenders.values():
-        greedy(model, protocol.questions[0].ids.flip(1), 16)
+        _warm_up(model, protocol)
     names = list(contenders)
     for number, question in enumerate(protocol.questions):
         if number in done:
@@ -103,6 +104,14 @@ def one_round(
             seconds, stats = time.perf_counter() - begin, getattr(contenders[name], "stats", None)
             answers[name] = Answered(question.category, question.ids.shape[1], [seconds], ids, stats)
         yield number, answers
+
+
+def _warm_up(model: Any, protocol: Protocol) -> None:
+    """Let `model` answer the first question read backwards: read as it is, what learns while it decodes would know the
+    beginning of the answer. What is recorded of forwards is recorded now, and not while answers are timed."""
+    greedy(model, protocol.questions[0].ids.flip(1), protocol.max_new_tokens if records(model) else 16)
+    if records(model):
+        record_ahead(model, max(question.ids.shape[1] for question in protocol.questions) + protocol.max_new_tokens)
 
 
 def joined(rounds: Sequence[Answered]) -> Answered:

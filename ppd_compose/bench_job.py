@@ -32,6 +32,7 @@ from .trace import traced
 
 SCHEMA = 1
 TRACED = 64  # tokens of one answer that are told with who guessed them
+LONG = 5.0  # seconds to get ready, of which the user is told
 NARROWEST = 4  # width of a column of numbers, where all may be left out
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {}, "packed": {"packed": True}, "compiled": {"compile": True}, "regions": {"compile": "regions"},
@@ -39,9 +40,14 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def composed(
-    loaded: LoadedBase, listings: Mapping[str, Callable[[], Sequence[Any]]], ways: Sequence[str], rows: int | None
+    loaded: LoadedBase,
+    listings: Mapping[str, Callable[[], Sequence[Any]]],
+    ways: Sequence[str],
+    rows: int | None,
+    console: Console,
 ) -> dict[str, Any]:
-    """Each listing composed in each of the `ways`, keys of `WAYS`, with at most `rows` rows; ready to decode.
+    """Each listing composed in each of the `ways`, keys of `WAYS`, with at most `rows` rows; ready to decode, of which
+    `console` is told what took long.
 
     A listing makes its drafters, for each way anew: one that learns would tell the next what it has seen.
     """
@@ -50,8 +56,12 @@ def composed(
         for way in ways
         for name, drafters in listings.items()
     }
-    for model in made.values():
-        model.warmup()
+    for name, model in made.items():
+        if (seconds := model.warmup()) > LONG:
+            done = (
+                "the budget is measured, forwards are compiled" if model.forwards.compiled else "the budget is measured"
+            )
+            console.print(f"{name}: {done}, ready after {seconds:.0f} s", highlight=False)
     return made
 
 

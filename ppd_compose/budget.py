@@ -151,7 +151,7 @@ def _rising(table: Floats) -> Floats:
 
 def _fastest(model: PreTrainedModel, sizes: Sequence[int], context: int, rounds: int) -> Floats:
     """Seconds of the fastest forward of each of `sizes` rows below `context` tokens."""
-    cache = _filled(model, context)
+    cache = filled(model, context)
     fastest, spent = np.full(len(sizes), np.inf), np.zeros(len(sizes))
 
     def go_round() -> None:
@@ -172,7 +172,7 @@ def _fastest(model: PreTrainedModel, sizes: Sequence[int], context: int, rounds:
     return fastest
 
 
-def _filled(model: PreTrainedModel, context: int) -> DynamicCache:
+def filled(model: PreTrainedModel, context: int) -> DynamicCache:
     """A cache of `context` tokens of no meaning."""
     cache = DynamicCache(config=model.config)
     ids = torch.arange(context, device=model.device)[None] % model.config.get_text_config().vocab_size

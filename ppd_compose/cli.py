@@ -195,7 +195,7 @@ def bench(
 
     def contenders() -> dict[str, Any]:
         listings = {listing: partial(drafters_of, listing) for listing in drafters or ["ppd"]}
-        return bench_job.composed(loaded, listings, ways or ["eager"], rows) | others
+        return bench_job.composed(loaded, listings, ways or ["eager"], rows, console) | others
 
     protocol = Protocol(ask(), rounds, max_new_tokens, temperature, all_turns)
     told = bench_job.bench(loaded, contenders, protocol, command_line(), console, json_file, later=later)

@@ -53,7 +53,7 @@ def compose(
             not multiply in half precision, such as one without AVX-512, only this or `compile` makes several rows
             cheap for a base that is in it.
         compile: compile the verify forward by `torch.compile`, on a CPU with packed weights. The first forwards take
-            minutes, or a good part of one when compiled before on this machine; see `warmup`. "regions" compiles layers
+            minutes, or seconds where a graph was kept by an earlier process; see `warmup`. "regions" compiles layers
             that are alike once: sooner and in less memory, while each forward takes a millisecond longer. On one CUDA
             device they are recorded then in a few sizes, as CUDA graphs. Modules that are replaced or set otherwise in
             the midst of a generation are seen at the next one.

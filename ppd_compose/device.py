@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .tree import Ints
+from .tree import Bools, Ints
 
 
 def wait(device: torch.device) -> None:
@@ -32,6 +32,16 @@ def waits_by_itself(device: torch.device) -> bool:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; the host goes on at once where it may."""
     return tensor.to(device, non_blocking=waits_by_itself(device))
+
+
+def in_one(numbers: Ints, *flags: Bools) -> Tensor:
+    """All of them as bytes on the host, one behind the other, so that they go to a device in one copy."""
+    return torch.from_numpy(np.concatenate([each.ravel().view(np.uint8) for each in (numbers, *flags)]))
+
+
+def apart(told: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` numbers, and all flags `[flags]`, that `in_one` put together, in the same memory."""
+    return told[: 8 * count].view(torch.int64), told[8 * count :].view(torch.bool)
 
 
 def rows_of(told: Tensor, rows: Sequence[int]) -> Tensor:

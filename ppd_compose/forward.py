@@ -167,11 +167,16 @@ def forward_of(model: Any) -> Forward:
     return replace(forward, model=grouped(forward.model) if forward.kind == "eager" else forward.model)
 
 
+def records(model: Any) -> bool:
+    """Whether forwards of `model` are recorded and played again, as those of some compositions are."""
+    forward = vars(model).get("forwards")
+    return forward is not None and forward.recorded
+
+
 def recorder_of(model: Any, drafter: Any = None) -> Callable[[], Recorder] | None:
     """Makes what records the forwards of a drafter beside the composed `model`, where those of `model` are recorded;
     None elsewhere. `drafter`: a model of its own, which can be recorded where it is."""
-    forward = vars(model).get("forwards")
-    if forward is None or not forward.recorded or not (drafter is None or can_record(drafter)):
+    if not records(model) or not (drafter is None or can_record(drafter)):
         return None
     return recorders_of((model if drafter is None else drafter).device)
 

@@ -101,10 +101,12 @@ class Composed:
             "or save the base, and compose it again; save_composition keeps the drafters"
         )
 
-    def warmup(self) -> None:
-        """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait."""
-        ids = torch.zeros(1, 19, dtype=torch.long, device=self.device)
+    def warmup(self) -> float:
+        """Measure the budget and compile what will be compiled, so that later calls of `generate` need not wait: the
+        seconds that it took, some minutes where nothing of it was done before on this machine."""
+        begin, ids = time.perf_counter(), torch.zeros(1, 19, dtype=torch.long, device=self.device)
         self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        return time.perf_counter() - begin
 
     def save_composition(self, folder: str | Path) -> None:
         """Write which drafters are composed, with their files and what was learnt, for `compose_from_pretrained`; see

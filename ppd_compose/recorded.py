@@ -19,7 +19,7 @@ from transformers import Cache
 
 from .built import PLAIN, Same, hooks_of, taken_for_given
 from .cache import with_cache
-from .device import sent
+from .device import apart, in_one, sent, waits_by_itself
 from .fixed import Memory
 from .mask import Attention
 from .recorders import RECORDERS, Recorder, recorders_of
@@ -55,9 +55,9 @@ def shown_columns(columns: int) -> int:
 
 @dataclass
 class Inputs:
-    """What a forward is given anew each time beside keys and values: whole numbers, in one copy to the device."""
+    """What a forward is given anew each time beside keys and values, in one copy to the device."""
 
-    numbers: Tensor  # int64, all of them, one behind the other
+    told: Tensor  # numbers and flags as bytes, one behind the other
     begin: int  # columns that all rows see, but for those in front
     rows: int
     own: int  # columns behind these, each seen by some rows; the last of them are the rows' own
@@ -75,16 +75,16 @@ class Inputs:
             front: `[rows, front]`, which columns in front.
         """
         rows, own = see.shape
-        numbers = np.concatenate([[begin], words, positions, see.ravel(), front.ravel()]).astype(np.int64)
-        return cls(torch.from_numpy(numbers), begin, rows, own, front.shape[1])
+        numbers = np.concatenate([[begin], words, positions]).astype(np.int64)
+        return cls(in_one(numbers, see, front), begin, rows, own, front.shape[1])
 
-    def on(self, numbers: Tensor) -> Inputs:
-        """The same, held by `numbers`."""
-        return replace(self, numbers=numbers)
+    def on(self, told: Tensor) -> Inputs:
+        """The same, held by `told`."""
+        return replace(self, told=told)
 
     def there(self, device: torch.device) -> Inputs:
         """The same on `device`."""
-        return self.on(sent(self.numbers, device))
+        return self.on(sent(self.told, device))
 
     @property
     def columns(self) -> int:
@@ -94,13 +94,14 @@ class Inputs:
     @property
     def words(self) -> Tensor:
         """Of each row its token or kind of embedding `[rows]`, on the device."""
-        return self.numbers[1 : 1 + self.rows]
+        return apart(self.told, 1 + self.rows)[0][1:]
 
     def parts(self) -> tuple[Tensor, ...]:
-        """The arguments of `of`, on the device; the two last ones as bool."""
+        """The arguments of `of`, on the device."""
         n = self.rows
-        *flat, see, front = self.numbers.split([1, n, n, n * self.own, n * self.front])
-        return (*flat, see.view(n, self.own).bool(), front.view(n, self.front).bool())
+        numbers, flags = apart(self.told, 1 + 2 * n)
+        see, front = flags.split([n * self.own, n * self.front])
+        return (*numbers.split([1, n, n]), see.view(n, self.own), front.view(n, self.front))
 
 
 class Outputs(NamedTuple):
@@ -169,7 +170,7 @@ def play(
     sizes = inputs.rows, inputs.own, inputs.front, shown_columns(inputs.columns)
     key = *sizes, *((name, _fixed(wanted[name])) for name in sorted(wanted))
     recording = memory.store.kept(key, partial(_made, model, memory, inputs, embed, wanted))
-    recording.inputs.numbers.copy_(inputs.numbers, non_blocking=True)
+    recording.inputs.told.copy_(inputs.told, non_blocking=waits_by_itself(model.device))
     recording.embeddings.copy_(embed(recording.inputs.words))
     return recording.play()
 
@@ -181,8 +182,8 @@ def _made(
     now = inputs.there(model.device)
     embeddings = embed(now.words)
     with torch.inference_mode(False):  # what was made within could not be written to without
-        mine, held = inputs.on(torch.empty_like(now.numbers)), torch.empty_like(embeddings)
-    mine.numbers.copy_(now.numbers)
+        mine, held = inputs.on(torch.empty_like(now.told)), torch.empty_like(embeddings)
+    mine.told.copy_(now.told)
     held.copy_(embeddings)
     run = partial(_forward, model, memory, mine, held, shown_columns(inputs.columns), wanted)
     return RecordedForward(mine, held, memory.store.player(run))
@@ -194,6 +195,7 @@ def _forward(
     """What is recorded: it reads tensors that stay and nothing else, and sees `columns` columns, those hidden that do
     not count."""
     begin, _, positions, *_ = inputs.parts()
+    positions = positions.clone()  # of a view a compiled graph takes the place where it begins for one of the sizes
     memory.seen = columns
     memory.places = begin + torch.arange(inputs.own - inputs.rows, inputs.own, device=begin.device)
     out = model(

@@ -197,13 +197,13 @@ def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wan
 def _who_sees_whom(forward: Forward, cache: Cache, context: Context, inputs: Inputs) -> dict[str, Any]:
     """Attention mask and position ids; a bare root without padding needs no mask, as in plain decoding."""
     _, _, positions, own, front = inputs.parts()
-    # Of a view a graph would take the place where it begins for one of the sizes.
+    # Of a view a compiled graph takes the place where it begins for one of the sizes.
     places = {"position_ids": (positions.clone() if forward.compiled else positions)[None]}
     if inputs.rows == 1 and context.tokens == context.length:
         return places
-    see = torch.cat([context.visible.expand(inputs.rows, -1), own], dim=1)
+    see = torch.cat([context.visible.expand(1, inputs.rows, -1), own[None]], dim=2)
     # Windows are counted in columns, as transformers does: those that are hidden count too.
     at = positions + (context.length - context.first - context.tokens)
     columns = torch.cat([torch.arange(context.length, device=at.device), at])
-    mask = layered_mask(forward.attention, cache, *(one[None] for one in (see, at, columns, front)))
+    mask = layered_mask(forward.attention, cache, see, at[None], columns[None], front[None])
     return {"attention_mask": mask, **places}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, cat
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
@@ -105,10 +105,11 @@ class InPlaceLayer(DynamicLayer):
 
     def move_behind(self, keys: Tensor, values: Tensor) -> None:
         """Let `keys` and `values` `[heads, columns, head_dim]` stand before the context."""
-        held: Any = {"keys": self.keys, "values": self.values}
-        front = {"keys": keys, "values": values}
-        states = {name: cat([front[name][None].to(old), old], dim=-2) for name, old in held.items()}
-        self._take(states, front=self.front + keys.shape[-2])
+        columns = keys.shape[-2]
+        states = _longer(self.keys, self.values, 0, columns)
+        for name, front in {"keys": keys, "values": values}.items():
+            states[name][..., :columns, :] = front
+        self._take(states, front=self.front + columns)
 
     def _take(self, states: Mapping[str, Tensor], **more: Any) -> None:
         """Hold these keys and values from now on."""
@@ -165,19 +166,20 @@ class WindowLayer(InPlaceLayer):
         return self.layer
 
 
-def _longer(keys: Any, values: Any, more: int) -> dict[str, Tensor]:
+def _longer(keys: Any, values: Any, more: int, before: int = 0) -> dict[str, Tensor]:
     """`keys` and `values` with room for `more` columns behind, which nobody has touched yet, so that they take no
-    memory. Those of one shape lie in one memory: a row moves in both at once."""
+    memory, and for others `before`. Those of one shape lie in one memory: a row moves in both at once, and a compiled
+    graph, which tells such from others, finds them as they were."""
     if keys.shape != values.shape:
-        return {"keys": _roomier(keys[None], more)[0], "values": _roomier(values[None], more)[0]}
-    both = _roomier((keys, values), more)
+        return {name: _roomier([held], more, before)[0] for name, held in {"keys": keys, "values": values}.items()}
+    both = _roomier([keys, values], more, before)
     return {"both": both, "keys": both[0], "values": both[1]}
 
 
-def _roomier(states: Sequence[Tensor] | Tensor, more: int) -> Tensor:
-    """All `states` in one tensor, each with room for `more` columns behind."""
+def _roomier(states: Sequence[Tensor], more: int, before: int) -> Tensor:
+    """All `states` in one tensor, each with room for `more` columns behind and for others `before`."""
     *outer, columns, size = states[0].shape
-    roomier = states[0].new_empty(len(states), *outer, columns + more, size)
+    roomier = states[0].new_empty(len(states), *outer, before + columns + more, size)
     for place, held in zip(roomier, states, strict=True):
-        place[..., :columns, :] = held
+        place[..., before : before + columns, :] = held
     return roomier

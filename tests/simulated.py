@@ -13,7 +13,7 @@ HERE = hasattr(backends, "_setup_privateuseone_for_python_backend")  # torch 2.1
 copied = Counter()  # "up" and "down", numbers of copies between the host and the device
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
-INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # by indices on either
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # on the device by indices on either
 
 
 class There(torch.Tensor):
@@ -65,7 +65,10 @@ def computed(operation, args, kwargs):
     there = [one for one in given if isinstance(one, There)]
     wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type == KIND
     if there and operation not in COPIES:
-        _refuse_mixed(operation, (args[0], *args[2:3]) if operation in INDEXED else given)
+        indexed = operation in INDEXED and isinstance(args[0], There)
+        _refuse_mixed(operation, (args[0], *args[2:3]) if indexed else given)
+        for index in args[1] if indexed else ():
+            _count(isinstance(index, There) or index is None, True)  # it is brought there first
     out = operation(*inner, **(named if not wanted else {**named, "device": "cpu"}))
     ends_there = bool(there) if wanted is None else wanted
     if operation is aten.copy_.default:

@@ -164,7 +164,7 @@ def test_what_learns_while_it_decodes_knows_no_answer_from_the_round_before():
 def test_compositions_of_one_listing_share_no_drafter():
     loaded = LoadedBase(tiny(dtype=torch.float32), tokenizer(), "tiny", "here")
     ways = ["eager", "packed"] if can_pack(loaded.model) else ["eager"]
-    made = composed(loaded, {"recycling": lambda: [TokenRecycling()]}, ways, 8)
+    made = composed(loaded, {"recycling": lambda: [TokenRecycling()]}, ways, 8, Console(quiet=True))
     drafters = [model.plugins.drafters["recycling"] for model in made.values()]
     assert len(set(drafters)) == len(ways)
 

@@ -171,7 +171,8 @@ def test_parts_for_an_accelerator_are_run_once_and_those_that_fail_are_told(tmp_
     accelerator.main(tmp_path, shapes="tiny+1b")
     assert len(ran) == 8
     assert ran[-1] == ran[0]
-    assert sum(share for _, share, _ in accelerator.parts("demo", ["1b", "7b"], "cuda", "bfloat16")) <= 1.0
+    for base in ("demo", "135m"):
+        assert sum(share for _, share, _ in accelerator.parts(base, ["1b", "7b"], "cuda", "bfloat16")) <= 1.0001
 
 
 LOGITS = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -27,6 +27,7 @@ DRAFTERS = {
     **MAKERS,
     "ensembles": lambda base: prompt_tokens(3, 3),
     "heads-that-read": lambda base: MedusaHeads(random_heads(), prompt_heads=prompt_heads(prompt_tokens())),
+    "and-ensembles": lambda base: MedusaHeads(random_heads(), prompt_heads=prompt_heads(prompt_tokens(3, 3))),
 }
 
 
@@ -122,7 +123,7 @@ def test_every_drafter_and_a_chat_that_goes_on(name, family, compile):
 )
 def test_all_together_behind_padding(how, compile):
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt()], dim=1)
-    names = [name for name in DRAFTERS if name not in ("ensembles", "medusa")]
+    names = [name for name in DRAFTERS if name not in ("ensembles", "medusa", "and-ensembles")]
     base, model = composed("llama", *names, compile=compile)
     same(base, model, ids, attention_mask=(ids != 0).long(), **how)
 
@@ -161,6 +162,8 @@ STEPS = {
     ("medusa",): (1, 2),
     ("ppd", "heads-that-read", "lookup", "ngram"): (1, 2),
     ("recycling",): (1, 2),
+    ("ensembles", "and-ensembles"): (1, 2),
+    ("eagle",): (6, 5),
     ("draft-model",): (5, 5),
 }
 

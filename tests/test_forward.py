@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from ppd_compose.integrations.medusa import MedusaHeads
 from test_eagle import eagle
 from test_medusa import random_heads
+from test_prefix import with_prefix
 from tiny import FAMILIES, Oracle, prompt, prompt_tokens, tiny
 from torch import nn
 from transformers import DynamicCache
@@ -484,9 +485,10 @@ def test_one_graph_serves_a_prompt_of_one_token_and_what_follows(traced):
 
 @pytest.mark.parametrize("compile", [True, "regions"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_one_graph_serves_all_that_a_budget_is_measured_by_and_what_follows(family, compile, traced):
+@pytest.mark.parametrize("drafter", [lambda base: prompt_tokens(), with_prefix], ids=["no prefix", "prefix"])
+def test_one_graph_serves_all_that_a_budget_is_measured_by_and_what_follows(family, drafter, compile, traced):
     base = tiny(family, dtype=torch.float32, **FEW_LAYERS.get(family, {"num_hidden_layers": 2}))
-    model = compose(base, prompt_tokens(), compile=compile)
+    model = compose(base, drafter(base), compile=compile)
     model.warmup()
     assert torch.equal(answer(model), answer(base))
     assert len(traced) == 1

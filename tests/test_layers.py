@@ -15,12 +15,12 @@ ORDER = [
     "kernels", "changes", "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix",
     "regions", "built", "kept", "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest",
     "evidence", "worth", "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources",
-    "tensor_files", "paired", "drafters", "stats", "measured", "drafting", "growing", "decode", "refuse", "positions",
-    "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter", "peft_method",
-    "card", "hub", "top", "finish", "ensemble", "accuracy", "prompt", "offline", "prompts", "replies", "checkpoints",
-    "training_loop", "states", "distill", "train", "training_setup", "train_job", "environment", "demo_base",
-    "loading", "options", "hub_commands", "questions", "bench", "journal", "trace", "bench_job", "report", "profile",
-    "streamed", "demo", "train_command", "cli", "__main__",
+    "tensor_files", "paired", "drafters", "stats", "measured", "drafting", "growing", "decode", "ahead", "refuse",
+    "positions", "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter",
+    "peft_method", "card", "hub", "top", "finish", "ensemble", "accuracy", "prompt", "offline", "prompts", "replies",
+    "checkpoints", "training_loop", "states", "distill", "train", "training_setup", "train_job", "environment",
+    "demo_base", "loading", "options", "hub_commands", "questions", "bench", "journal", "trace", "bench_job", "report",
+    "profile", "streamed", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

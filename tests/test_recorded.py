@@ -23,8 +23,10 @@ from transformers import DynamicCache, StoppingCriteria
 from ppd_compose import PromptTokens, compose, fixed, forward, hookimpl, recorded, recorders
 from ppd_compose import replayed as replayed_module
 from ppd_compose.alternatives import AlwaysAsk
+from ppd_compose.bench import Protocol, one_round
 from ppd_compose.cache import GENERATE_NAME
 from ppd_compose.prefix import prefix_shape
+from ppd_compose.questions import Question
 from ppd_compose.replayed import RecordingStore, Replayed
 
 
@@ -117,6 +119,24 @@ def test_what_was_recorded_gives_the_tokens_of_the_base(family, attention, taped
         ids = prompt(seed=seed)
         assert torch.equal(answer(model, ids), answer(base, ids))
     assert Tape.played > 10
+
+
+@pytest.mark.parametrize(("family", "drafter"), [("llama", with_prefix), ("gpt2", lambda base: prompt_tokens())])
+def test_a_benchmark_records_nothing_while_it_times(family, drafter, taped, monkeypatch):
+    base, begun = tiny(family, dtype=torch.float32), []
+    ask, record = Protocol.ask, Tape.__call__
+
+    def asked(protocol, model, number):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tape, "__call__", lambda tape, run: begun.append(run) or record(tape, run))
+            return ask(protocol, model, number)
+
+    monkeypatch.setattr(Protocol, "ask", asked)
+    protocol = Protocol([Question(prompt(12 + 8 * i, seed=i), "qa") for i in range(3)], 1, 24)
+    model = compose(base, drafter(base), budget=16, compile=True)
+    assert len(list(one_round({"base": base, "ppd": model}, protocol, 0))) == 3
+    assert Tape.played > 10
+    assert not begun
 
 
 WINDOWS = [("gemma2", False), ("gemma2", True), ("gemma3", False), ("gemma3", True), ("mistral", False)]

@@ -87,12 +87,12 @@ class Forwards:
 
     def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, last: int) -> Tensor:
         model: Any = self.model
-        told = self._told(length, length, tokens, kinds, parents).there(model.device)
-        _, words, at, see, front = told.parts()
-        parts = words.split([len(tokens), len(kinds)])
-        given = {"inputs_embeds": self._embedded(*parts)} if len(kinds) else {"input_ids": words[None]}
         # A mere chain needs no mask where nothing stands before the sequence.
         plain = not self.front and np.array_equal(parents, np.arange(-1, len(parents) - 1))
+        told = self._chain(length, [*tokens, *kinds], parents) if plain else self._told(length, tokens, kinds, parents)
+        _, words, at, see, front = told.there(model.device).parts()
+        parts = words.split([len(tokens), len(kinds)])
+        given = {"inputs_embeds": self._embedded(*parts)} if len(kinds) else {"input_ids": words[None]}
         mask = {} if plain else {"attention_mask": self._mask(length, see, front)}
         keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         with unplanned(model.device):
@@ -108,22 +108,25 @@ class Forwards:
         rows = len(tokens) + len(kinds)
         idle = recorded_rows(rows) - rows
         memory.make_room(rows + idle)
-        inputs = self._told(self.front + length, length, tokens, kinds, parents, idle)
+        inputs = self._told(length, tokens, kinds, parents, idle)
         sizes = [len(tokens), len(kinds), idle]
         outputs = play(self.model, memory, inputs, lambda words: self._embedded(*words.split(sizes)), {})
         count(self.cache, rows)
         return outputs.logits[0, :rows]
 
-    def _told(
-        self, begin: int, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, idle: int = 0
-    ) -> Inputs:
-        """What a forward of new rows is given, and of `idle` ones that mean nothing, behind `begin` columns."""
+    def _chain(self, length: int, words: Sequence[int], parents: Ints) -> Inputs:
+        """What a forward is given of new rows that see all before them, which nobody needs to be told."""
+        at, nobody = self._standing(length, 1 + parents[len(parents) - len(words) :]), np.zeros((len(words), 0), bool)
+        return Inputs.of(self.front + length, np.asarray(words, np.int64), at, nobody, nobody)
+
+    def _told(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, idle: int = 0) -> Inputs:
+        """The same of any new rows, and of `idle` ones that mean nothing."""
         end = len(tokens) + len(kinds)
         see = ancestors(np.concatenate([parents, np.full(idle, -1)]))[len(parents) - end :]
         front = np.zeros((len(see), self.front), bool)
         front[len(tokens) : end] = True
         words = np.concatenate([tokens, kinds, np.zeros(idle, int)])
-        return Inputs.of(begin, words, self._standing(length, see.sum(1) - 1), see, front)
+        return Inputs.of(self.front + length, words, self._standing(length, see.sum(1) - 1), see, front)
 
     def _embedded(self, tokens: Tensor, kinds: Tensor, idle: Tensor | None = None) -> Tensor:
         embed: Tensor = self.model.get_input_embeddings()(tokens)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppd_compose.device import for_host, on_host
+from ppd_compose.device import apart, for_host, in_one, on_host
 from ppd_compose.recorded import MANY, recorded_rows, shown_columns
 from ppd_compose.recorders import Recorder
 from ppd_compose.replayed import RecordingStore, Replayed
@@ -66,7 +66,7 @@ class DraftCache:
         end = at + len(tokens)
         shown = self._room(features, end + idle, few)
         numbers = _whole([first, at, len(tokens) - 1], tokens, [0] * idle)
-        told = _in_one(numbers, np.arange(shown)[None] < end)
+        told = in_one(numbers, np.arange(shown)[None] < end)
         run = self.run_pairs if few else self.run_pairs.launched
         return Drafted(*run(pad(features, (0, 0, 0, idle)) if idle else features, told, rows=1))
 
@@ -88,7 +88,7 @@ class DraftCache:
         every = np.zeros((rows, self._room(features, end, self.store is not None)), bool)
         every[:, :begin], every[:, begin:end] = True, see
         numbers = _whole([end - rows], tokens, above, positions)
-        return Drafted(*self.run_candidates(features, _in_one(numbers, every), rows=rows))
+        return Drafted(*self.run_candidates(features, in_one(numbers, every), rows=rows))
 
     def children(self, hidden: Tensor, width: int) -> tuple[NDArray[np.float32], Ints]:
         """Logarithms of chances and tokens `[rows, width]` of the best after `hidden` `[rows, hidden]`."""
@@ -96,22 +96,24 @@ class DraftCache:
 
     def _pairs(self, features: Tensor, told: Tensor, *, rows: int) -> tuple[Tensor, ...]:
         """What is recorded of `pairs`, of which `rows` are asked what they give."""
-        numbers, see = _apart(told, 3 + len(features), rows)
+        numbers, see = apart(told, 3 + len(features))
         first, at, last, tokens = numbers.split([1, 1, 1, len(features)])
         made = self.parts.network.rows(self.parts.embed(tokens), features)
         places = at + torch.arange(len(tokens), device=at.device)
         rope = self.parts.network.rope(first + places, features)
         self._write(places, made, rope)
-        return self._over(see, Rows(*(_row(part, last) for part in made)), Rope(*(_row(part, last) for part in rope)))
+        return self._over(
+            see.view(rows, -1), Rows(*(_row(part, last) for part in made)), Rope(*(_row(part, last) for part in rope))
+        )
 
     def _candidates(self, features: Tensor, told: Tensor, *, rows: int) -> tuple[Tensor, ...]:
         """What is recorded of `candidates`, of which there are `rows`."""
-        numbers, see = _apart(told, 1 + 3 * rows, rows)
+        numbers, see = apart(told, 1 + 3 * rows)
         at, tokens, above, positions = numbers.split([1, rows, rows, rows])
         made = self.parts.network.rows(self.parts.embed(tokens), features[above])
         rope = self.parts.network.rope(positions, features)
         self._write(at + torch.arange(rows, device=at.device), made, rope)
-        return self._over(see, made, rope)
+        return self._over(see.view(rows, -1), made, rope)
 
     def _children(self, hidden: Tensor, *, width: int) -> tuple[Tensor, ...]:
         """What is recorded of `children`."""
@@ -163,14 +165,3 @@ def _row(tensor: Tensor, at: Tensor) -> Tensor:
 def _whole(*numbers: Sequence[int] | Ints) -> Ints:
     """All `numbers`, one behind the other, int64."""
     return np.concatenate(numbers).astype(np.int64)
-
-
-def _in_one(numbers: Ints, see: Bools) -> Tensor:
-    """Both as bytes, one behind the other, so that they go to a device in one copy."""
-    return torch.from_numpy(np.concatenate([numbers.view(np.uint8), see.ravel().view(np.uint8)]))
-
-
-def _apart(told: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The `count` numbers and the mask `[rows, columns]` that `_in_one` put together, in the same memory."""
-    size = 8 * count
-    return told[:size].view(torch.int64), told[size:].view(torch.bool).view(rows, -1)

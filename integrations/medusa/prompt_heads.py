@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from ppd_compose.device import rows_of
 from ppd_compose.paired import read_pair, write_pair
 from ppd_compose.tensor_files import tensors_in
 from ppd_compose.tree import Ints
@@ -86,7 +88,8 @@ def by_distance(states: Tensor, distance: Ints) -> Tensor:
     `[distances, 1, hidden]`."""
     if len(distance) == distance[-1] + 1:
         return states[:, None]
-    return torch.stack([states[torch.from_numpy(distance == i)].mean(0, keepdim=True) for i in range(distance[-1] + 1)])
+    mine = [np.flatnonzero(distance == i).tolist() for i in range(distance[-1] + 1)]
+    return torch.stack([rows_of(states, rows).mean(0, keepdim=True) for rows in mine])
 
 
 def write_prompt_heads(heads: PromptHeads | None, folder: Path) -> None:
