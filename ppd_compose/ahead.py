@@ -33,6 +33,8 @@ def _record(model: Any, columns: int, sizes: list[int]) -> None:
     fronts = tuple((prefix.shape[3], source) for source, prefix in prefixes.items())
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or columns
     before = min(columns - sum(front for front, _ in fronts), longest) - max(sizes)
+    if before < 1:  # so few positions are left that they are recorded when they are asked for
+        return
     cache = filled(model, before)
     visible = torch.ones(before, dtype=torch.bool, device=model.device)
     forward = forward_of(model)
