@@ -40,8 +40,8 @@ def _record(model: Any, columns: int, sizes: list[int]) -> None:
     forward = forward_of(model)
     with recording(cache), forward.laid_out(cache, visible, list(prefixes.values())):
         context = Context.of(visible).behind(fronts)
+        told = plugins.forward_kwargs(model), plugins.hidden_layers(model)
         for rows in sizes:
             tree = TokenTree.chain(0, [0] * (rows - 1), [0.0] * (rows - 1))
-            told = plugins.forward_kwargs(model), plugins.hidden_layers(model)
             verified = verify(forward, cache, context, tree, (), *told)
             commit(cache, verified.rows, [])

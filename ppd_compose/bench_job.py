@@ -58,10 +58,8 @@ def composed(
     }
     for name, model in made.items():
         if (seconds := model.warmup()) > LONG:
-            done = (
-                "the budget is measured, forwards are compiled" if model.forwards.compiled else "the budget is measured"
-            )
-            console.print(f"{name}: {done}, ready after {seconds:.0f} s", highlight=False)
+            compiled = ", forwards are compiled" if model.forwards.compiled else ""
+            console.print(f"{name}: the budget is measured{compiled}, ready after {seconds:.0f} s", highlight=False)
     return made
 
 
