@@ -50,12 +50,17 @@ class Picker:
         self.scores: list[Tensor] = []  # processed [1, vocab] float32, one for each pick, where kept
         self.logits: list[Tensor] = []  # as the model gave them [1, vocab] float32, where kept
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether a pick is the likeliest token, and nothing is kept of it."""
+        return not (self.processors or self.do_sample or self.keeps_scores or self.keeps_logits)
+
     def over(
         self, logits: Tensor, up_to: Callable[[int], Tensor], best: Sequence[int] | None = None
     ) -> Callable[[int], int]:
         """Picks over one tree: `logits` `[nodes, vocab]`; `up_to(node)` is the sequence `[1, length]` up to it; `best`
         `[nodes]` are the likeliest tokens, where they are known."""
-        if not (self.processors or self.do_sample or self.keeps_scores or self.keeps_logits):
+        if self.takes_likeliest:
             return _argmax(logits) if best is None else best.__getitem__
         return lambda node: self._pick(logits[node][None], up_to(node))
 

@@ -148,3 +148,10 @@ def check_answer(answer: object, drafter: str) -> Answer:
     if answer.tokens is not None and len(answer.tokens) != entries:
         raise MalformedDraft(who, f"{len(answer.tokens)} tokens for {entries} entries")
     return answer
+
+
+def check_foretold(told: object, drafter: str) -> Sequence[Tensor]:
+    """Return what that drafter foretold, or raise `MalformedDraft` where it is anything but tensors."""
+    if not isinstance(told, tuple | list) or not all(isinstance(each, Tensor) for each in told):
+        raise MalformedDraft(f"foretell, of drafter {drafter!r},", f"expected tensors or None, got {told!r:.60}")
+    return told

@@ -74,6 +74,9 @@ class Decoding:
         self.context = Context.of(request.visible[:-1].to(model.device), request.first)
         self.done = False
         self.checks_path = len(self.hook.accept.get_hookimpls()) > 1  # the default accepts a path
+        # On the host what drafters ask for is at hand, and other paths than these no device can find.
+        plain = request.picker.takes_likeliest and not self.checks_path
+        self.foretells = model.device.type != "cpu" and plain and len(self.drafting.foretellers) > 0
         # What is done while a device computes takes no time of its own.
         self.catch_up_stage = "meanwhile" if model.device.type == "cpu" else "verify"
 
@@ -153,9 +156,10 @@ class Decoding:
         cache, blocks, before = self.request.cache, list(appended.values()), self.stats.seconds["verify"]
         with self.stats.stage("verify"):
             verified = verify(
-                self.forward, cache, self.context, tree, blocks, self.kwargs, self.layers, meanwhile=self.catch_up
-            )
-        self.step.seconds = self.stats.seconds["verify"] - before
+                self.forward, cache, self.context, tree, blocks, self.kwargs, self.layers, self.catch_up,
+                partial(self.drafting.foretell, self.step, tree, appended) if self.foretells else None,
+            )  # fmt: skip
+        self.step.seconds = self.stats.seconds["verify"] - before - self.drafting.foretelling(self.step)
         return verified
 
     def catch_up(self) -> None:
@@ -209,6 +213,7 @@ class Decoding:
         step.index, step.tree, step.path = step.index + 1, tree, path
         step.rows = len(tree) + sum(map(len, appended.values()))
         step.room -= len(path)
+        step.foretold = dict(verified.foretold) if path[-1] == verified.end else {}
         step.answers = _answers(path[-1], len(tree), appended, verified)
         # Copies, as somebody may keep them for long, and these alone.
         step.hidden_states = {layer: rows_of(told, path).clone() for layer, told in verified.hidden_states.items()}

@@ -5,7 +5,8 @@ Knows copies, and how the host waits. Does not know what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -50,6 +51,33 @@ def rows_of(told: Tensor, rows: Sequence[int]) -> Tensor:
     if list(rows) == list(range(first, first + len(rows))):
         return told.narrow(0, first, len(rows))
     return torch.stack([told[row] for row in rows])
+
+
+def bringing(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Put `tensors`, all of one device, together there at once; what is given brings them to the host in one copy, for
+    which it waits."""
+    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    together = torch.cat(parts)
+
+    def bring() -> list[Tensor]:
+        told = together.cpu().split([len(part) for part in parts])
+        # A copy of each, as numbers may not begin anywhere.
+        return [mine.clone().view(one.dtype).view(one.shape) for mine, one in zip(told, tensors, strict=True)]
+
+    return bring
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Gives the seconds that a CUDA device takes for what it is told within, to be asked once it was waited for; of
+    other devices nobody knows: 0."""
+    if device.type != "cuda":
+        yield lambda: 0.0
+        return
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(torch.cuda.current_stream(device))
+    yield lambda: begin.elapsed_time(end) / 1000
+    end.record(torch.cuda.current_stream(device))
 
 
 def for_host(claims: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .changes import state_of
-from .check import check_answer, check_appended, check_embeddings, check_fitted, check_tree
+from .check import check_answer, check_appended, check_embeddings, check_fitted, check_foretold, check_tree
+from .device import timed
 from .plugins import Plugins
 from .stats import Stats
-from .step import Step
+from .step import Answer, Reached, Step
 from .tree import Appended, TokenTree, shallow
+from .underway import Asked, Underway
 
 
 class Drafting:
@@ -33,6 +36,7 @@ class Drafting:
         self.proposers = plugins.each_drafter("propose")
         self.extenders = plugins.each_drafter("extend")
         self.appenders = plugins.each_drafter("append")
+        self.foretellers = plugins.each_drafter("foretell")
         self.observers, self.observed = plugins.observers()
         self.bits = plugins.bits
         self.refinable = plugins.drafters if self.hook.refine.get_hookimpls() else {}
@@ -40,6 +44,7 @@ class Drafting:
         self.checks_merged, self.checks_fitted = (
             len(hook.get_hookimpls()) > 1 for hook in (self.hook.merge, self.hook.fit)
         )
+        self.took: list[tuple[str, Callable[[], float]]] = []  # by whom, what devices took of what is foretold
         self.checked: dict[str, tuple[Tensor, tuple[int, int]]] = {}  # the embeddings that drafters appended last
 
     def draft(self, step: Step) -> TokenTree:
@@ -80,25 +85,52 @@ class Drafting:
             tree, kept = fitted
         return tree, {drafter: rows for drafter, rows in zip(appended, kept, strict=True) if len(rows)}
 
+    def foretell(self, step: Step, tree: TokenTree, appended: Mapping[Any, Appended], underway: Underway) -> Asked:
+        """What drafters ask of a device while it computes a forward of `tree` and the rows `appended` to it."""
+        reached, answers = underway.reached, underway.answers(appended)
+        asked: dict[Any, Sequence[Tensor]] = {}
+        for name, drafter, foretell in self.foretellers:
+            with timed(reached.root.device) as seconds:
+                if drafter in answers:
+                    answers[drafter] = self._refined(step, name, drafter, answers[drafter], reached)
+                told = foretell(
+                    step=step, tree=tree, logits=underway.logits[: len(tree)], reached=reached, answers=answers
+                )
+            self.took.append((name, seconds))
+            if told:
+                asked[drafter] = check_foretold(told[0], name)
+        return asked
+
+    def foretelling(self, step: Step) -> float:
+        """Seconds that the device took for what was foretold, once it was waited for: on its drafters' account."""
+        step.observing = {name: seconds() for name, seconds in self.took}
+        self.took = []
+        return sum(step.observing.values())
+
     def observe(self, step: Step, logits: Tensor) -> None:
         """Let everyone know what became of the step, drafters on their own time."""
         for name, observe in self.observers:
             begin = time.perf_counter()
             with self.stats.stage(f"observe {name}"):
                 observe(step=step, logits=logits)
-            step.observing[name] = time.perf_counter() - begin
+            step.observing[name] = step.observing.get(name, 0.0) + time.perf_counter() - begin
         with self.stats.stage("observe"):
             self.observed(step=step, logits=logits)
 
     def _refine(self, step: Step) -> None:
         """Let who can tell better what appended rows say do so, on the time of the drafter whose rows they are."""
         for name, drafter in self.refinable.items():
-            if (answer := step.answers.get(drafter)) is not None and len(answer.kinds):
+            answer = step.answers.get(drafter)
+            if answer is not None and len(answer.kinds) and drafter not in step.foretold:
                 begin = time.perf_counter()
                 with self.stats.stage(f"refine {name}"):
-                    refined = self.hook.refine(step=step, drafter=drafter, answer=answer)
-                    step.answers[drafter] = answer if refined is None else check_answer(refined, name)
+                    step.answers[drafter] = self._refined(step, name, drafter, answer, _reached(step, answer))
                 step.drafting[name] += time.perf_counter() - begin
+
+    def _refined(self, step: Step, name: str, drafter: Any, answer: Answer, reached: Reached) -> Answer:
+        """The answer of the drafter of that name, told better where somebody can."""
+        refined = self.hook.refine(step=step, drafter=drafter, answer=answer, reached=reached)
+        return answer if refined is None else check_answer(refined, name)
 
     def _look_at(self, embeddings: Tensor, name: str) -> None:
         """Check embeddings that were not there at the step before, or have been written since."""
@@ -129,6 +161,12 @@ class Drafting:
             if self.checks_merged:
                 check_tree(tree, "merge", step.ids[-1], step.vocab_size)
             return tree.lock()  # who extends it or appends rows could else change what was checked
+
+
+def _reached(step: Step, answer: Answer) -> Reached:
+    """Where the path of the last step ended."""
+    root = torch.full((1,), step.ids[-1], device=answer.logits.device)
+    return Reached(root, {layer: states[-1:] for layer, states in step.hidden_states.items()})
 
 
 def _within_room(step: Step, tree: TokenTree, blocks: Sequence[Appended]) -> tuple[TokenTree, Sequence[Appended]]:

@@ -6,7 +6,7 @@ What a plugin remembers about a sequence belongs into `step.memory[self]`: one p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker, HookspecMarker
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .step import Answer, Step
+    from .step import Answer, Reached, Step
     from .tree import Appended, TokenTree
 
 PROJECT = "ppd_compose"
@@ -76,11 +76,12 @@ def ask(step: Step, drafter: str) -> bool | None:
 
 
 @hookspec(firstresult=True)
-def refine(step: Step, drafter: Any, answer: Answer) -> Answer | None:
+def refine(step: Step, drafter: Any, answer: Answer, reached: Reached) -> Answer | None:
     """Return what the rows that `drafter` appended say, told better than by `answer.logits`, or None.
 
     Called for each drafter with such rows below the last accepted node, before anyone drafts: it finds the answer that
-    you return. `answer.hidden_states` are those that anyone asks for by `hidden_layers`.
+    you return. `answer.hidden_states` are those that anyone asks for by `hidden_layers`. The last accepted token and
+    the one after it are told by `reached`, as on a device `step` may not know them yet, see `foretell`.
     """
 
 
@@ -125,6 +126,23 @@ def fit(step: Step, tree: TokenTree, appended: Sequence[Appended]) -> tuple[Toke
     """Return the tree and the appended rows, cut to what the budget pays for: as many blocks as `appended` has, in that
     order, of which some may be of no rows. None is kept without the one that it hangs from. `parents` and `nodes` of
     rows are of the tree that is returned, see `tree.cut`."""
+
+
+@hookspec
+def foretell(
+    step: Step, tree: TokenTree, logits: Tensor, reached: Reached, answers: Mapping[Any, Answer]
+) -> Sequence[Tensor] | None:
+    """Return tensors of the device that you will want on the host, or None. Of drafters only.
+
+    Called while the device computes a greedy step: so its next work is launched before the host knows what is accepted,
+    and comes to it with the picks in one copy, as `step.foretold[self]` for `observe` and the next step. Look at no
+    number of a tensor here: the host would wait. Not called on a CPU or where picks are made otherwise, and what it
+    told is not there where generation stopped within a path: ask the device then yourself.
+
+    `logits` `[nodes, vocab]` are the model's after every node of `tree`. `answers` are those of the next step, of as
+    many rows as a drafter's hang from any node at most: those beyond what hangs from the last accepted one mean
+    nothing.
+    """
 
 
 @hookspec(firstresult=True)

@@ -19,7 +19,7 @@ from .prefix import check_prefix
 
 DRAFTERS = hookspecs.PROJECT  # entry point group: name -> drafter class
 TRAINING = f"{hookspecs.PROJECT}.train"  # entry point group: name -> function with typer's options
-DRAFTS = ("propose", "extend", "append", "prefix")  # hooks of drafters alone
+DRAFTS = ("propose", "extend", "append", "prefix", "foretell")  # hooks of drafters alone
 MAX_DRAFTERS = 62  # a node's sources are bits of an int64
 
 

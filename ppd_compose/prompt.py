@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -179,8 +178,16 @@ class PromptTokens(PushesToHub):
         answer = step.answers.get(self)
         if answer is None or not len(answer.kinds):
             return None
-        log_probs, tokens = self._guesses(step, answer)
+        told = step.foretold.get(self) or self._guesses(step, answer)
+        log_probs, tokens = (each[: self._distances(answer)[-1] + 1] for each in on_host(*told))
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
+
+    @hookimpl
+    def foretell(self, step: Step, answers: Mapping[Any, Answer]) -> tuple[Tensor, ...] | None:
+        """What the prompt tokens below a node say, were all of them there. Not of ensembles, whose average is another
+        where some are not."""
+        answer = answers.get(self)
+        return None if answer is None or self.embeddings.shape[1] > 1 else self._guesses(step, answer)
 
     @hookimpl
     def append(self, step: Step, tree: TokenTree) -> Appended:
@@ -197,12 +204,16 @@ class PromptTokens(PushesToHub):
             self._gains[nodes] = marginal_gains(self.accuracy, nodes)
         return self._gains[nodes]
 
-    def _guesses(self, step: Step, answer: Answer) -> tuple[NDArray[np.float32], Ints]:
-        """Log-probabilities and tokens `[distances, WIDTH]` of what the prompt tokens say."""
-        # A row's parent stands before it, so the rows that the budget left make up the first distances.
-        distances = tuple((answer.kinds // self.embeddings.shape[1]).tolist())
+    def _guesses(self, step: Step, answer: Answer) -> tuple[Tensor, ...]:
+        """Log-probabilities and tokens `[distances, WIDTH]`, `for_host`, of what the prompt tokens say."""
         given = [answer.logits] if answer.tokens is None else [answer.logits, answer.tokens]
-        return on_host(*step.memory[self].guessing(*given, distances=distances))
+        guessed: tuple[Tensor, ...] = step.memory[self].guessing(*given, distances=self._distances(answer))
+        return guessed
+
+    def _distances(self, answer: Answer) -> tuple[int, ...]:
+        """How far each row guesses, 0 the least. A row's parent stands before it, so the rows that the budget left make
+        up the first distances."""
+        return tuple((answer.kinds // self.embeddings.shape[1]).tolist())
 
     def _guessing(self, model: PreTrainedModel) -> Lending[Replayed]:
         """`guesses` of what the prompt tokens say in `model`, made once while forwards are computed in the same way."""

@@ -22,6 +22,7 @@ from .cache import with_cache
 from .device import apart, in_one, sent, waits_by_itself
 from .fixed import Memory
 from .mask import Attention
+from .reached import End, end_of
 from .recorders import RECORDERS, Recorder, recorders_of
 from .replayed import Lendings, RecordingStore
 from .tree import Bools, Ints
@@ -62,9 +63,10 @@ class Inputs:
     rows: int
     own: int  # columns behind these, each seen by some rows; the last of them are the rows' own
     front: int  # columns before all others, each seen by some rows
+    nodes: int  # the first rows, of which an accepted path is looked for; 0: there is none to look for
 
     @classmethod
-    def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools) -> Inputs:
+    def of(cls, begin: int, words: Ints, positions: Ints, see: Bools, front: Bools, nodes: int = 0) -> Inputs:
         """On the host.
 
         Args:
@@ -73,10 +75,11 @@ class Inputs:
             positions: of each row.
             see: `[rows, own]`, which of the columns behind them it sees, the last of which are the rows' own.
             front: `[rows, front]`, which columns in front.
+            nodes: how many rows are a tree's, the first.
         """
         rows, own = see.shape
-        numbers = np.concatenate([[begin], words, positions]).astype(np.int64)
-        return cls(in_one(numbers, see, front), begin, rows, own, front.shape[1])
+        numbers = np.concatenate([[begin], words, positions, [nodes]]).astype(np.int64)
+        return cls(in_one(numbers, see, front), begin, rows, own, front.shape[1], nodes)
 
     def on(self, told: Tensor) -> Inputs:
         """The same, held by `told`."""
@@ -97,11 +100,18 @@ class Inputs:
         return apart(self.told, 1 + self.rows)[0][1:]
 
     def parts(self) -> tuple[Tensor, ...]:
-        """The arguments of `of`, on the device."""
+        """The arguments of `of`, on the device, but for `nodes`."""
         n = self.rows
-        numbers, flags = apart(self.told, 1 + 2 * n)
+        numbers, flags = apart(self.told, 2 + 2 * n)
         see, front = flags.split([n * self.own, n * self.front])
-        return (*numbers.split([1, n, n]), see.view(n, self.own), front.view(n, self.front))
+        return (*numbers[:-1].split([1, n, n]), see.view(n, self.own), front.view(n, self.front))
+
+    def end(self, logits: Tensor) -> End | None:
+        """Where the path ends that follows the likeliest tokens by `logits` `[rows, vocab]`, on the device."""
+        if not self.nodes:
+            return None
+        see, nodes = self.parts()[3][:, self.own - self.rows :], apart(self.told, 2 + 2 * self.rows)[0][-1:]
+        return end_of(self.words, nodes, see, logits.argmax(-1))
 
 
 class Outputs(NamedTuple):
@@ -109,7 +119,7 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # [1, rows, vocab]
     hidden_states: tuple[Tensor, ...] | None  # by layer [1, rows, hidden], where asked for
-    picks: Tensor  # int64 [rows], the likeliest token after each
+    end: End | None  # of the path that follows the likeliest tokens, where one is looked for
 
 
 @dataclass
@@ -167,7 +177,7 @@ def play(
         embed: gives the rows' embeddings `[1, rows, hidden]` for their words `[rows]`.
         wanted: more keyword arguments of the forward.
     """
-    sizes = inputs.rows, inputs.own, inputs.front, shown_columns(inputs.columns)
+    sizes = inputs.rows, inputs.own, inputs.front, shown_columns(inputs.columns), inputs.nodes > 0
     key = *sizes, *((name, _fixed(wanted[name])) for name in sorted(wanted))
     recording = memory.store.kept(key, partial(_made, model, memory, inputs, embed, wanted))
     recording.inputs.told.copy_(inputs.told, non_blocking=waits_by_itself(model.device))
@@ -206,7 +216,7 @@ def _forward(
         return_dict=True,
         **wanted,
     )
-    return Outputs(out.logits, out.hidden_states, out.logits[0].argmax(-1))
+    return Outputs(out.logits, out.hidden_states, inputs.end(out.logits[0]))
 
 
 def _seen_by(memory: Memory, inputs: Inputs, columns: int) -> dict[int | None, Tensor]:

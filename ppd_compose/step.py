@@ -5,7 +5,7 @@ Knows no model and no loop; the loop fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,14 @@ class Answer:
     tokens: Tensor | None = None  # [entries] int64, the token of each entry; None: entry i is token i
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Where the accepted path ends, in tensors on the model's device: the host may not know it yet."""
+
+    root: Tensor  # int64 [1], the token after the path
+    hidden_states: Mapping[int, Tensor]  # by layer [1, hidden], of the path's last token, where asked for
+
+
 @dataclass
 class Step:
     """The state of one sequence, without padding. `ids[-1]` is decided but not in the KV cache: it is the root of the
@@ -49,6 +57,9 @@ class Step:
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
+    foretold: dict[Any, Sequence[Tensor]] = field(
+        default_factory=dict
+    )  # by drafter: of the hook `foretell`, on the host
     observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence

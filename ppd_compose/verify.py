@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ from .forward import Forward
 from .inplace import count, hide, make_room
 from .lineage import ancestors, row_depths
 from .mask import layered_mask, unplanned
-from .recorded import Inputs, play
+from .recorded import Inputs, Outputs, play
 from .tree import Appended, Bools, Ints, TokenTree, stacked_parents
+from .underway import Asked, Underway
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Verified:
     hidden_states: dict[int, Tensor]  # by layer [rows of the forward, hidden], those asked for
     rows: int = 1  # of the forward: all of them are in the cache after it
     picks: list[int] | None = None  # the likeliest token after each node, where the forward told that
+    end: int = -1  # the node at which the path ends that follows these
+    foretold: Mapping[Any, Sequence[Tensor]] = field(default_factory=dict)  # by drafter, where it ends there
 
 
 def verify(
@@ -86,27 +89,40 @@ def verify(
     kwargs: Mapping[str, Any],
     layers: Sequence[int] = (),
     meanwhile: Callable[[], None] = lambda: None,
+    foretell: Callable[[Underway], Asked] | None = None,
 ) -> Verified:
     """Run the tree's nodes and the appended rows below `context`; their keys and values are in `cache` after it.
 
     `kwargs` go to the forward; `layers` are the hidden states that come back. The forward's idle rows stand at the end
-    and are seen by none. Launches the forward, calls `meanwhile` while the device computes, then waits for it.
+    and are seen by none. Launches the forward and what `foretell` asks of the device next, calls `meanwhile` while the
+    device computes, then waits for it.
     """
     sizes = [len(tree), *map(len, appended)]
     idle = forward.idle(sum(sizes), cache)
     rows, wanted = _Rows(tree, appended, idle), {**states_wanted(layers), **kwargs}
     if (memory := memory_of(cache)) is None:
-        out = _launched(forward, cache, context, rows, wanted)
+        out = _launched(forward, cache, context, rows, wanted, foretell is not None)
     else:
         out = _played(forward, memory, context, rows, wanted)
+    states = states_of(out, layers)
+    bring = _bringing(out, states, len(tree), foretell)
     meanwhile()
+    told = bring()
     wait(forward.device)
     count(cache, len(rows))
     keep = torch.detach if memory is None else torch.clone  # what a recorded one left is written over by the next
     logits, *answers = keep(out.logits[0, : sum(sizes)]).split(sizes)
-    states = {layer: keep(state) for layer, state in states_of(out, layers).items()}
-    picks = out.picks[: len(tree)].tolist() if memory else None
-    return Verified(logits, list(answers), states, len(rows), picks)
+    return Verified(logits, list(answers), {layer: keep(state) for layer, state in states.items()}, len(rows), *told)
+
+
+def _bringing(
+    out: Outputs, states: Mapping[int, Tensor], nodes: int, foretell: Callable[[Underway], Asked] | None
+) -> Callable[[], tuple[Any, ...]]:
+    """Launches what `foretell` asks for; what is given brings the last three of `Verified`, where the device tells."""
+    if out.end is None:
+        return tuple
+    underway = Underway(nodes, out.logits[0], states, out.end)
+    return underway.bringing(foretell(underway) if foretell else {})
 
 
 def states_wanted(layers: Sequence[int]) -> dict[str, Any]:
@@ -157,7 +173,8 @@ class _Rows:
     def inputs(self, context: Context, begin: int, front: Bools) -> Inputs:
         """What their forward is given: they stand behind `begin` columns, in `front` of which others see some."""
         parents = np.concatenate([stacked_parents(self.tree, self.appended), np.full(self.idle, -1)])
-        return Inputs.of(begin, self.words(), context.positions(row_depths(parents)), ancestors(parents), front)
+        positions = context.positions(row_depths(parents))
+        return Inputs.of(begin, self.words(), positions, ancestors(parents), front, len(self.tree))
 
     def see_in_front(self, context: Context) -> Bools:
         """Which rows see which columns of the prefixes `[rows, columns]`: of a tree and idle ones none does."""
@@ -170,7 +187,9 @@ class _Rows:
         return seen
 
 
-def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
+def _launched(
+    forward: Forward, cache: Cache, context: Context, rows: _Rows, wanted: Mapping[str, Any], finds_end: bool
+) -> Outputs:
     """What the model says of `rows`, below keys and values wherever they lie."""
     make_room(cache, len(rows))
     front = rows.see_in_front(context)
@@ -184,10 +203,11 @@ def _launched(forward: Forward, cache: Cache, context: Context, rows: _Rows, wan
     told = _who_sees_whom(forward, cache, context, inputs)
     # Without a mask a row is computed as in plain decoding, to the last bit.
     with unplanned(forward.device) if "attention_mask" in told else nullcontext():
-        return forward.model(**given, **told, **with_cache(forward.model, cache), return_dict=True, **wanted)
+        out = forward.model(**given, **told, **with_cache(forward.model, cache), return_dict=True, **wanted)
+    return Outputs(out.logits, out.hidden_states, inputs.end(out.logits[0]) if finds_end else None)
 
 
-def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Any:
+def _played(forward: Forward, memory: Memory, context: Context, rows: _Rows, wanted: Mapping[str, Any]) -> Outputs:
     """The same by what was recorded over `memory`, in which the keys and values lie."""
     memory.make_room(len(rows))
     inputs = rows.inputs(context, memory.columns, rows.see_in_front(context))

@@ -5,6 +5,7 @@ import subprocess
 
 import accelerator
 import acceptance
+import attention
 import composition
 import exactness
 import latency
@@ -126,6 +127,15 @@ def test_latency_leaves_the_cache_as_it_was(monkeypatch):
     assert [(point["context"], point["rows"]) for point in points] == [(8, 1), (8, 4), (24, 1), (24, 4)]
     assert all(seconds > 0 for point in points for seconds in point["seconds"].values())
     assert all(point["floor_seconds"] > 0 for point in points)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rows", [1, 6])
+def test_ways_to_attend_agree(rows):
+    model, _ = shapes.base_of("tiny", "float32", "cpu")
+    given = attention.layers_of(model.config, 40, rows, model.get_input_embeddings().weight.detach())[0]
+    assert given.see.sum() > 2 * rows - 2
+    assert max(attention.errors(attention.WAYS, given).values()) < 1e-5
 
 
 def test_the_floor_of_a_forward_is_what_it_must_read():

@@ -153,15 +153,17 @@ def tensors(trained):
     return [one for one in flat if isinstance(one, torch.Tensor)]
 
 
-# Of a step: what goes up at most, and what comes down. Picks are one copy of it; prompt tokens, heads and recycling
-# tell what they guess in one more each, heads that read prompt tokens in one with these.
+# Of a step: what goes up at most, and what comes down: picks, and with them what drafters guess. One more comes down of
+# ensembles, of which the budget may leave a part; of heads that read prompt tokens where none hangs from the last
+# accepted node; and for each level of what heads and models draft step by step.
 STEPS = {
     (): (1, 1),
     ("lookup", "ngram"): (1, 1),
-    ("ppd",): (1, 2),
-    ("medusa",): (1, 2),
-    ("ppd", "heads-that-read", "lookup", "ngram"): (1, 2),
-    ("recycling",): (1, 2),
+    ("ppd",): (1, 1),
+    ("medusa",): (1, 1),
+    ("ppd", "heads-that-read", "lookup", "ngram"): (1, 1.15),
+    ("ppd", "medusa", "recycling", "lookup", "ngram"): (1, 1),
+    ("recycling",): (1, 1),
     ("ensembles", "and-ensembles"): (1, 2),
     ("eagle",): (6, 5),
     ("draft-model",): (5, 5),

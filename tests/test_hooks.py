@@ -9,8 +9,10 @@ from weakref import ref
 
 import numpy as np
 import pytest
+import simulated
 import torch
 from ppd_compose.integrations.recycling import TokenRecycling
+from simulated import KIND, Simulated
 from tiny import FAMILIES, VOCAB, Oracle, Returns, array, prompt, prompt_tokens, tiny
 
 from ppd_compose import Appended, Budget, MalformedDraft, Step, TokenTree, compose, hookimpl, hookspecs
@@ -54,6 +56,7 @@ def test_hooks_are_called_in_the_order_of_their_listing():
     source = inspect.getsource(hookspecs)
     listed = re.findall(r"^def (\w+)\(", source, re.MULTILINE)
     listed.remove("refine")  # there are no rows whose answer could be refined
+    listed.remove("foretell")  # on a CPU nobody waits for a device
     first_token = ["accept", "observe"]  # the prefill yields it
     at = listed.index("start") + 1
     assert calls == listed[:at] + first_token + listed[at:]
@@ -339,6 +342,91 @@ def test_hook_refine():
     assert reads.told > 2
     assert ids[0].tolist() == answer(12)
     assert model.stats.seconds["refine hangs"] > 0
+
+
+class Foretells:
+    """Hangs a row below each other node, and wants to know all that can be foretold."""
+
+    def __init__(self, model):
+        self.row = model.get_input_embeddings().weight[5:6].detach()
+        self.same, self.missed = 0, 0
+
+    @hookimpl
+    def hidden_layers(self):
+        return [2, 3]
+
+    @hookimpl
+    def append(self, tree):
+        nodes = np.arange(0, len(tree), 2)
+        return Appended(self.row, nodes * 0, nodes, nodes, np.ones(len(nodes)))
+
+    @hookimpl
+    def foretell(self, logits, reached, answers):
+        mine = answers.get(self)
+        below = [] if mine is None else [mine.logits, mine.hidden_states[3]]
+        flags = logits[:, :3] > 0  # of one byte each, so that what follows begins anywhere
+        return [flags, reached.root, reached.hidden_states[2], reached.hidden_states[3], logits, *below]
+
+    @hookimpl
+    def observe(self, step, logits):
+        if step.index < 2:
+            return
+        if self not in step.foretold:
+            self.missed += 1
+            return
+        flags, root, second, third, told, *below = step.foretold[self]
+        assert root.tolist() == step.ids[-1:]
+        states = {layer: state.cpu() for layer, state in step.hidden_states.items()}
+        expected = [(logits[:, :3] > 0).cpu(), states[2][-1:], states[3][-1:], logits.cpu()]
+        assert all(map(torch.equal, [flags, second, third, told], expected))
+        if self in step.answers and len(step.answers[self].kinds):
+            mine = step.answers[self]
+            assert torch.equal(below[0], mine.logits.cpu())
+            assert torch.equal(below[1], mine.hidden_states[3].cpu())
+            self.same += 1
+
+
+@pytest.fixture
+def there(monkeypatch):
+    if not simulated.HERE:
+        pytest.skip("this torch knows no devices in Python")
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    with Simulated():
+        yield
+
+
+@pytest.mark.usefixtures("there")
+def test_hook_foretell():
+    """On a device what is foretold is what comes; of draws nothing is."""
+    ids, base = prompt(), tiny(dtype=torch.float32)
+    expected = base.generate(ids, max_new_tokens=30, do_sample=False)
+    moved = tiny(dtype=torch.float32).to(KIND)
+    foretells = Foretells(moved)
+    oracle = Oracle(expected[0].tolist(), lie=2)
+    model = compose(moved, oracle, foretells, budget=24)
+    assert torch.equal(model.generate(ids.to(KIND), max_new_tokens=30, do_sample=False).cpu(), expected)
+    assert foretells.same > 3
+    assert foretells.missed <= 1  # the last step may end within its path
+    sampled = {"do_sample": True, "top_k": 5}
+    torch.manual_seed(0)
+    expected = base.generate(ids, max_new_tokens=12, **sampled)
+    torch.manual_seed(0)
+    before = foretells.same
+    assert torch.equal(model.generate(ids.to(KIND), max_new_tokens=12, **sampled).cpu(), expected)
+    assert foretells.same == before
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("wrong", [torch.zeros(2), [3], "nothing"])
+def test_nonsense_that_was_foretold(wrong):
+    class Nonsense(Oracle):
+        @hookimpl
+        def foretell(self):
+            return wrong
+
+    base = tiny(dtype=torch.float32).to(KIND)
+    with pytest.raises(MalformedDraft, match=r"foretell, of drafter 'oracle',.* expected tensors or None, got"):
+        compose(base, Nonsense([])).generate(prompt().to(KIND), max_new_tokens=5, do_sample=False)
 
 
 @pytest.mark.parametrize(

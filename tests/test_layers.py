@@ -13,14 +13,14 @@ CODE = sorted(path for part in ("ppd_compose", "integrations", "benchmarks") for
 ORDER = [
     "storage", "best_first", "hookspecs", "lineage", "tree", "device", "step", "check", "identity", "mask", "paging",
     "kernels", "changes", "packed", "written", "inplace", "recorders", "replayed", "fixed", "cache", "modes", "prefix",
-    "regions", "built", "kept", "compiled", "grouped", "recorded", "forward", "verify", "budget", "logit", "forest",
-    "evidence", "worth", "asking", "rows", "alternatives", "accept", "stopping", "plugins", "shipped", "sources",
-    "tensor_files", "paired", "drafters", "stats", "measured", "drafting", "growing", "decode", "ahead", "refuse",
-    "positions", "saved", "followed", "generation", "compose", "reopened", "testing", "reference", "adapter",
-    "peft_method", "card", "hub", "top", "finish", "ensemble", "accuracy", "prompt", "offline", "prompts", "replies",
-    "checkpoints", "training_loop", "states", "distill", "train", "training_setup", "train_job", "environment",
-    "demo_base", "loading", "options", "hub_commands", "questions", "bench", "journal", "trace", "bench_job", "report",
-    "profile", "streamed", "demo", "train_command", "cli", "__main__",
+    "regions", "built", "kept", "compiled", "grouped", "reached", "recorded", "forward", "underway", "verify", "budget",
+    "logit", "forest", "evidence", "worth", "asking", "rows", "alternatives", "accept", "stopping", "plugins",
+    "shipped", "sources", "tensor_files", "paired", "drafters", "stats", "measured", "drafting", "growing", "decode",
+    "ahead", "refuse", "positions", "saved", "followed", "generation", "compose", "reopened", "testing", "reference",
+    "adapter", "peft_method", "card", "hub", "top", "finish", "ensemble", "accuracy", "prompt", "offline", "prompts",
+    "replies", "checkpoints", "training_loop", "states", "distill", "train", "training_setup", "train_job",
+    "environment", "demo_base", "loading", "options", "hub_commands", "questions", "bench", "journal", "trace",
+    "bench_job", "report", "profile", "streamed", "demo", "train_command", "cli", "__main__",
 ]  # fmt: skip
 
 

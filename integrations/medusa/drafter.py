@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,20 @@ from transformers import PreTrainedModel
 
 from ppd_compose import PromptTokens, Step, TokenTree, hookimpl
 from ppd_compose.accuracy import checked_shares
-from ppd_compose.changes import state_of_layer
 from ppd_compose.device import on_host
 from ppd_compose.finish import OutputHead, output_head, refuse_other_logits
-from ppd_compose.forward import recorder_of
 from ppd_compose.hub import PushesToHub
 from ppd_compose.identity import Identity
-from ppd_compose.replayed import Lending, Lendings
-from ppd_compose.step import Answer
+from ppd_compose.step import Answer, Reached
 from ppd_compose.tree import Ints
 
 from .choices import Choices
 from .claims import calibrated, checked
 from .files import Stored, read_folder, recognises, write_folder
-from .heads import Heads, placed
+from .heads import Heads
 from .layouts import LAYOUTS
 from .prompt_heads import PromptHeads, by_distance
-from .running import Held, Running
+from .running import Held, Ready
 
 WIDTH = 10  # guesses taken from each head
 
@@ -89,8 +85,8 @@ class MedusaHeads(PushesToHub):
         if prompt_heads is not None and prompt_heads.hidden_size != heads.hidden_size:
             raise ValueError(f"prompt heads of {prompt_heads.hidden_size} numbers beside heads of {heads.hidden_size}")
         self.prompt_heads = prompt_heads
-        self._at: dict[tuple[torch.device, torch.dtype], tuple[Heads, PromptHeads | None]] = {}
-        self._lendings: Lendings[Running] = Lendings()
+        # A calibration holds for the guesses by which it was found, so no fewer are looked at.
+        self._ready = Ready(self.heads, prompt_heads, max(self.width, WIDTH))
 
     @classmethod
     def from_pretrained(
@@ -195,54 +191,48 @@ class MedusaHeads(PushesToHub):
     def start(self, step: Step, model: PreTrainedModel) -> None:
         """Bring the heads to the model's device and dtype."""
         (layer,) = self.hidden_layers(model)
-        step.memory[self] = Held(layer, step.ending.enter_context(self._ready(model).lent()))
+        step.memory[self] = Held(layer, step.ending.enter_context(self._ready.beside(model).lent()))
 
     @hookimpl
-    def refine(self, step: Step, drafter: Any, answer: Answer) -> Answer | None:
+    def refine(self, step: Step, drafter: Any, answer: Answer, reached: Reached) -> Answer | None:
         """What prompt tokens say, by their states, that of the last token and the root, where these heads were trained
         beside them."""
         heads = self.prompt_heads
-        if heads is None or not isinstance(drafter, PromptTokens) or drafter.digest != heads.prompt_tokens:
+        if heads is None or not self._reads(drafter):
             return None
         held = step.memory[self]
         v = drafter.embeddings.shape[1]
         states = by_distance(answer.hidden_states[held.layer], answer.kinds // v)[: len(heads)]
-        root = torch.full((1,), step.ids[-1], device=states.device)
-        (logits,) = held.running.reread(states, step.hidden_states[held.layer][-1:], root)
-        held.refined = step.index
+        (logits,) = held.running.reread(states, reached.hidden_states[held.layer], reached.root)
         return Answer(v * np.arange(len(states)), logits, {}, held.running.token_map)
 
     @hookimpl
     def propose(self, step: Step) -> TokenTree | None:
         """The static tree, or the likeliest paths when every distance is guessed on its own. None where prompt tokens
         are told better: that is known of more, and said once."""
-        held = step.memory[self]
-        if held.refined == step.index:
+        if any(self._reads(drafter) for drafter, answer in step.answers.items() if len(answer.kinds)):
             return None
-        log_probs, tokens = self._guesses(held.running, step.hidden_states[held.layer][-1:])
+        held = step.memory[self]
+        told = step.foretold.get(self) or held.running.guesses(step.hidden_states[held.layer][-1:])
+        log_probs, tokens = self._claimed(*on_host(*told))
         if self.choices is not None:
             return self.choices.tree(step.ids[-1], tokens, log_probs)
         return TokenTree.product(step.ids[-1], list(tokens), list(log_probs), step.candidates)
 
-    def _ready(self, model: PreTrainedModel) -> Lending[Running]:
-        """The heads beside `model`, made once while its output head and the way of its forwards stay as they are."""
-        layer, make_recorder = output_head(model), recorder_of(model)
-        state = [*map(state_of_layer, (layer, model.get_input_embeddings())), make_recorder is None]
-        # A calibration holds for the guesses by which it was found, so no fewer are looked at.
-        width = max(self.width, WIDTH)
-        return self._lendings.of(
-            model, state, lambda: partial(Running, placed(*self._heads_at(layer.weight), model), width, make_recorder)
-        )
+    @hookimpl
+    def foretell(self, step: Step, reached: Reached, answers: Mapping[Any, Answer]) -> tuple[Tensor, ...] | None:
+        """What the heads guess, where they guessed at this step and read no prompt tokens at the next."""
+        if self.name not in step.drafting or any(map(self._reads, answers)):
+            return None
+        held: Held = step.memory[self]
+        return held.running.guesses(reached.hidden_states[held.layer])
 
-    def _heads_at(self, weight: Tensor) -> tuple[Heads, PromptHeads | None]:
-        """Both kinds of heads on the device of `weight` and in its dtype."""
-        place = weight.device, weight.dtype
-        if place not in self._at:
-            self._at[place] = self.heads.to(weight), self.prompt_heads and self.prompt_heads.to(weight)
-        return self._at[place]
-
-    def _guesses(self, running: Running, hidden: Tensor) -> tuple[NDArray[np.floating], Ints]:
-        """Logarithms of chances and tokens `[heads, rank]` after `hidden` `[1, hidden]`, the best first."""
-        told, tokens = on_host(*running.guesses(hidden))
+    def _claimed(self, told: NDArray[np.float32], tokens: Ints) -> tuple[NDArray[np.floating], Ints]:
+        """Logarithms of chances and tokens `[heads, rank]`, the best first, of what the heads told."""
         claims = told if self.calibration is None else calibrated(told, self.calibration)
         return claims[:, : self.width], tokens[:, : self.width]
+
+    def _reads(self, drafter: Any) -> bool:
+        """Whether these heads tell better what that drafter's rows say."""
+        heads = self.prompt_heads
+        return heads is not None and isinstance(drafter, PromptTokens) and drafter.digest == heads.prompt_tokens

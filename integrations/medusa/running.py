@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ppd_compose.changes import state_of_layer
 from ppd_compose.device import for_host
+from ppd_compose.finish import output_head
+from ppd_compose.forward import recorder_of
 from ppd_compose.recorders import Recorder
-from ppd_compose.replayed import RecordingStore, Replayed
+from ppd_compose.replayed import Lending, Lendings, RecordingStore, Replayed
 from ppd_compose.top import best_tokens
 
-from .heads import Placed
+from .heads import Heads, Placed, placed
+from .prompt_heads import PromptHeads
 
 
 class Running:
@@ -44,10 +51,37 @@ class Running:
         return (self.placed.reread(states, last, root)[:, 0],)
 
 
+class Ready:
+    """Heads and those that read prompt tokens, made ready beside each base once while its output head and the way of
+    its forwards stay as they are.
+
+    Args:
+        width: guesses of each head that are searched for.
+    """
+
+    def __init__(self, heads: Heads, prompt_heads: PromptHeads | None, width: int) -> None:
+        self.heads, self.prompt_heads, self.width = heads, prompt_heads, width
+        self._at: dict[tuple[torch.device, torch.dtype], tuple[Heads, PromptHeads | None]] = {}
+        self._lendings: Lendings[Running] = Lendings()
+
+    def beside(self, model: PreTrainedModel) -> Lending[Running]:
+        """They at work beside `model`."""
+        layer, make_recorder = output_head(model), recorder_of(model)
+        state = [*map(state_of_layer, (layer, model.get_input_embeddings())), make_recorder is None]
+        placed_at = partial(self._placed, layer.weight, model)
+        return self._lendings.of(model, state, lambda: partial(Running, placed_at(), self.width, make_recorder))
+
+    def _placed(self, weight: Tensor, model: PreTrainedModel) -> Placed:
+        """Both kinds of heads on the device of `weight` and in its dtype."""
+        place = weight.device, weight.dtype
+        if place not in self._at:
+            self._at[place] = self.heads.to(weight), self.prompt_heads and self.prompt_heads.to(weight)
+        return placed(*self._at[place], model)
+
+
 @dataclass
 class Held:
     """What is at hand for one sequence."""
 
     layer: int  # whose hidden states are read
     running: Running
-    refined: int = -1  # the step at which prompt tokens were last told better
