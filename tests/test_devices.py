@@ -154,8 +154,8 @@ def tensors(trained):
 
 
 # Of a step: what goes up at most, and what comes down: picks, and with them what drafters guess. One more comes down of
-# ensembles, of which the budget may leave a part; of heads that read prompt tokens where none hangs from the last
-# accepted node; and for each level of what heads and models draft step by step.
+# ensembles, of which the budget may leave a part; and of heads that read prompt tokens where none hangs from the last
+# accepted node. An EAGLE head's draft goes up and comes down in one copy more, a draft model's in one for each forward.
 STEPS = {
     (): (1, 1),
     ("lookup", "ngram"): (1, 1),
@@ -165,7 +165,7 @@ STEPS = {
     ("ppd", "medusa", "recycling", "lookup", "ngram"): (1, 1),
     ("recycling",): (1, 1),
     ("ensembles", "and-ensembles"): (1, 2),
-    ("eagle",): (6, 5),
+    ("eagle",): (2, 2),
     ("draft-model",): (5, 5),
 }
 

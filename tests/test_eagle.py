@@ -12,7 +12,7 @@ from ppd_compose.integrations.eagle.borrowed import Parts, borrow
 from ppd_compose.integrations.eagle.config import EagleConfig, default_layers
 from ppd_compose.integrations.eagle.draft_cache import DraftCache
 from ppd_compose.integrations.eagle.files import read_head
-from ppd_compose.integrations.eagle.grow import Frontier, dynamic_tree
+from ppd_compose.integrations.eagle.grow import ROOT, Frontier, dynamic_tree, levels_below
 from ppd_compose.integrations.eagle.head import Head
 from ppd_compose.integrations.eagle.levels import LevelPrice, Levels
 from ppd_compose.integrations.eagle.network import DraftNetwork
@@ -77,8 +77,8 @@ def test_logits_and_trees_are_those_of_the_official_code(version):
         end += count
         with torch.no_grad():
             rows.learn(states.chunk(head.config.states, dim=-1))
-            frontier = Frontier.root(rows.accept(ids))
-            tree = dynamic_tree(rows, TokenTree.chain(ids[-1]), frontier, Levels(3), 4, 19)
+            below = levels_below(rows, Frontier.root(rows.accept(ids)), 4)
+            tree = dynamic_tree(TokenTree.chain(ids[-1]), ROOT, below, Levels(3), 19)
         logits = torch.cat(output.told)
         torch.testing.assert_close(logits, told[f"{step}.logits"][: len(logits)], rtol=1e-5, atol=1e-5)
         assert len(logits) >= 5
@@ -255,6 +255,20 @@ def test_levels_are_timed_in_the_first_drafts_and_then_settled():
         price.book(levels)
     assert len(price.seconds) == 16
     assert price.levels(2, CURVE).level_price == pytest.approx(3.0, rel=0.01)
+
+
+def test_on_a_device_one_level_more_is_run_than_was_wanted_of_late():
+    levels = [Levels(5) for _ in range(4)]
+    assert [each.run_ahead(wanted) for each, wanted in zip(levels, ([], [0, 0], [1, 3, 2], [6]), strict=True)] == [
+        5,
+        1,
+        4,
+        5,
+    ]
+    price = LevelPrice()
+    levels[1].begin -= 6.0
+    price.book(levels[1])
+    assert price.seconds == pytest.approx([3.0], rel=0.01)  # what comes before the levels takes as long as one
 
 
 def test_drafts_end_where_forwards_are_cheap_beside_them():
@@ -479,3 +493,29 @@ def test_a_base_that_has_lost_tokens_is_told_in_words():
     base.resize_token_embeddings(VOCAB - 10)
     with pytest.raises(ValueError, match=f"knows {VOCAB} tokens, of which the base has {VOCAB - 10} by now"):
         model.generate(prompt() % 40, max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("levels", [0, 1, 3])
+def test_a_draft_in_one_go_is_that_of_level_after_level(version, levels):
+    parts = borrow(random_head(version, draft=40), tiny(dtype=torch.float32))
+    apart, whole = (DraftRows(DraftCache(parts), 0) for _ in range(2))
+    torch.manual_seed(0)
+    ids = torch.randint(VOCAB, (30,)).tolist()
+    end = 0
+    with torch.no_grad():
+        for count in (9, 3, 1, 4):
+            states = [torch.randn(count, 32) for _ in range(parts.network.config.states)]
+            end += count
+            for rows in (apart, whole):
+                rows.learn(states)
+            root = apart.accept(ids[: end + 1])
+            mine = levels_below(apart, Frontier.root(root), 4)
+            again, theirs = whole.draft(ids[: end + 1], levels, 4)
+            torch.testing.assert_close(again, root)
+            found = list(theirs)
+            assert len(found) == levels + 1
+            for (claims, tokens, best), told in zip(mine, found, strict=False):
+                np.testing.assert_allclose(claims, told.claims, rtol=1e-3, atol=1e-3)
+                assert np.array_equal(tokens, told.tokens)
+                assert np.array_equal(best, told.best)

@@ -6,8 +6,9 @@ the files look like or how a head is trained.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from .borrowed import borrow
 from .card import head_card
 from .draft_cache import DraftCache
 from .files import is_head, read_head
-from .grow import Frontier, dynamic_tree, foreign_paths, leaves_of
+from .grow import ROOT, Frontier, dynamic_tree, foreign_paths, leaves_of, levels_below
 from .head import Head, write_head
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
+from .whole import Level
+
+RECENT = 8  # drafts by which the next one's levels are run on a device
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Memory:
     layers: Sequence[int]  # which hidden states are read
     root: Drafted | None = None  # output of the pair of the present root; None where nothing was drafted
     tree: TokenTree | None = None  # what was proposed in this step
+    wanted: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))  # levels of the last drafts
 
     def learn(self, step: Step) -> None:
         """Take in the step's hidden states."""
@@ -147,10 +152,10 @@ class EagleHead(PushesToHub):
         price = memory.rows.parts.price
         curve = None if step.budget.fixed else step.budget.curve(step.length)
         levels = price.levels(most, curve, step.rate)
-        memory.root = memory.rows.accept(step.ids)
-        known, frontier = TokenTree.chain(step.ids[-1]), Frontier.root(memory.root)
-        memory.tree = dynamic_tree(memory.rows, known, frontier, levels, min(self.top_k, size), size)
+        below = self._below(memory, step, levels, min(self.top_k, size))
+        memory.tree = dynamic_tree(TokenTree.chain(step.ids[-1]), ROOT, below, levels, size)
         price.book(levels)
+        memory.wanted.append(levels.made)
         return memory.tree
 
     @hookimpl
@@ -163,9 +168,10 @@ class EagleHead(PushesToHub):
         if paths is None:
             return None
         memory.rows.drop()
-        frontier, size = leaves_of(memory.rows, memory.root, paths), step.budget.max_rows - 1
+        (frontier, leaves), size = leaves_of(memory.rows, memory.root, paths), step.budget.max_rows - 1
         levels = Levels(min(self.depth, step.room - 2 - int(frontier.depths.max())))
-        return dynamic_tree(memory.rows, paths, frontier, levels, min(self.top_k, size), size)
+        below = levels_below(memory.rows, frontier, min(self.top_k, size))
+        return dynamic_tree(paths, leaves, below, levels, size)
 
     @hookimpl
     def observe(self, step: Step) -> None:
@@ -174,6 +180,14 @@ class EagleHead(PushesToHub):
         memory.root = memory.tree = None
         if step.index > 1:
             memory.learn(step)
+
+    def _below(self, memory: Memory, step: Step, levels: Levels, width: int) -> Iterator[Level]:
+        """The levels below the root: one after the other as they are asked for, or on a device those that may be."""
+        if not memory.rows.cache.at_once:
+            memory.root = memory.rows.accept(step.ids)
+            return levels_below(memory.rows, Frontier.root(memory.root), width)
+        memory.root, below = memory.rows.draft(step.ids, levels.run_ahead(memory.wanted), width)
+        return below
 
     def _ready(self, model: PreTrainedModel) -> Lending[DraftCache]:
         """The head on the device of `model` and in its dtype, made once while these, and the way of the forwards, stay

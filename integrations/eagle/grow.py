@@ -5,7 +5,7 @@ Knows scores, frontiers and pools of candidates. Does not know how a row is run,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,10 @@ from .draft_cache import DraftCache
 from .levels import Levels
 from .network import Drafted
 from .rows import DraftRows
+from .whole import Level
 
 Claims = NDArray[np.float32]  # log
+ROOT: Ints = np.zeros(1, np.int64)  # the node that a draft of one's own stands below
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class Frontier:
     """Rows whose children are guessed next."""
 
     drafted: Drafted  # what the rows gave
-    nodes: Ints  # [rows], their numbers in the tree that is made
     rows: Ints  # [rows], their numbers among the candidates that were run; -1 for the root
     depths: Ints  # [rows]
     scores: Claims  # [rows], claimed chance of their paths, log
@@ -38,8 +39,8 @@ class Frontier:
     @classmethod
     def root(cls, drafted: Drafted) -> Frontier:
         """The root alone, `drafted` `[1, hidden]` being the output of the last accepted pair."""
-        nodes = np.zeros(1, np.int64)
-        return cls(drafted, nodes, nodes - 1, nodes, np.zeros(1, np.float32))
+        at = np.zeros(1, np.int64)
+        return cls(drafted, at - 1, at, np.zeros(1, np.float32))
 
     def children(self, cache: DraftCache, width: int) -> tuple[Claims, Ints]:
         """Claims and tokens `[rows, width]` of the best children, a claim being that of the whole path."""
@@ -48,27 +49,29 @@ class Frontier:
         return claims, tokens
 
 
-def dynamic_tree(
-    rows: DraftRows, known: TokenTree, frontier: Frontier, levels: Levels, width: int, size: int
-) -> TokenTree:
-    """`known` and the `size` likeliest nodes found below the frontier, which are nodes of `known`.
-
-    The children of the frontier are guessed, then, for as many `levels` as there are to be, those of the `width`
-    likeliest of the newest level.
-    """
-    tokens, parents, scores, count = [], [], [], len(known)
+def levels_below(rows: DraftRows, frontier: Frontier, width: int) -> Iterator[Level]:
+    """The children of the frontier, then those of the `width` likeliest of the newest level, each of which is run when
+    it is asked for."""
     while True:
         claims, words = frontier.children(rows.cache, width)
-        tokens.append(words.ravel())
-        parents.append(frontier.nodes.repeat(words.shape[1]))
-        scores.append(claims.ravel())
-        best = np.argsort(-scores[-1], kind="stable")[:width]
-        if levels.all_made or _settled(scores, best, size) or not levels.another(scores[-1][best]):
-            break
+        best = np.argsort(-claims.ravel(), kind="stable")[:width]
+        yield Level(claims, words, best)
         above, ran = best // words.shape[1], len(rows.see)
         depths = frontier.depths[above] + 1
-        drafted = rows.level(tokens[-1][best], above, frontier.drafted.feature, frontier.rows[above], depths)
-        frontier = Frontier(drafted, count + best, np.arange(ran, ran + len(best)), depths, scores[-1][best])
+        drafted = rows.level(words.ravel()[best], above, frontier.drafted.feature, frontier.rows[above], depths)
+        frontier = Frontier(drafted, np.arange(ran, ran + len(best)), depths, claims.ravel()[best])
+
+
+def dynamic_tree(known: TokenTree, nodes: Ints, below: Iterator[Level], levels: Levels, size: int) -> TokenTree:
+    """`known` and the `size` likeliest nodes found below its `nodes`, of as many levels `below` as there are to be."""
+    tokens, parents, scores, count = [], [], [], len(known)
+    for claims, words, best in below:
+        tokens.append(words.ravel())
+        parents.append(nodes.repeat(words.shape[1]))
+        scores.append(claims.ravel())
+        if levels.all_made or _settled(scores, best, size) or not levels.another(scores[-1][best]):
+            break
+        nodes = count + best
         count += len(tokens[-1])
     return _best(known, np.concatenate(tokens), np.concatenate(parents), np.concatenate(scores), size)
 
@@ -85,8 +88,8 @@ def foreign_paths(tree: TokenTree, own: TokenTree, count: int, deepest: int) -> 
     return tree.take(np.flatnonzero(ancestors(tree.parents)[best].any(0)))
 
 
-def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
-    """Run all nodes of `tree` below the root, level by level; its leaves as a frontier."""
+def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> tuple[Frontier, Ints]:
+    """Run all nodes of `tree` below the root, level by level; its leaves as a frontier, and their numbers."""
     depths = row_depths(tree.parents)
     levels = [np.flatnonzero(depths == depth) for depth in range(1, int(depths.max(initial=0)) + 1)]
     leaves = np.setdiff1d(np.arange(len(tree)), tree.parents)
@@ -103,7 +106,8 @@ def leaves_of(rows: DraftRows, root: Drafted, tree: TokenTree) -> Frontier:
         ran[level] = np.arange(start, start + len(level))
     # Rounded down, so that no child claims more than its parent did.
     scores = np.nextafter(tree.log_probs[leaves].astype(np.float32), np.float32(-np.inf))
-    return Frontier(Drafted(feature[leaves_there], hidden[leaves_there]), leaves, ran[leaves], depths[leaves], scores)
+    drafted = Drafted(feature[leaves_there], hidden[leaves_there])
+    return Frontier(drafted, ran[leaves], depths[leaves], scores), leaves
 
 
 def _on(indices: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ Knows what levels and rows cost. Does not know how a level is run.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -25,11 +26,19 @@ class Levels:
     level_price: float = 0.0  # of running one more level
     made: int = 0
     begin: float = 0.0  # of the first level, in seconds of the performance counter
+    ahead: int = 0  # parts that took that time, where levels are run before anybody asks for them
 
     @property
     def all_made(self) -> bool:
         """Whether there is no other level to ask for."""
         return self.made == self.most
+
+    def run_ahead(self, wanted: Iterable[int]) -> int:
+        """How many levels to run in one go, before it is known which pay: one more than was `wanted` in any of the last
+        drafts. They, and what comes before them, are timed from now on."""
+        levels = min(self.most, max(wanted, default=self.most) + 1)
+        self.begin, self.ahead = time.perf_counter(), levels + 1
+        return levels
 
     def another(self, scores: NDArray[np.floating]) -> bool:
         """Whether to run a level below nodes whose paths have the chances `scores` `[nodes]`, log.
@@ -52,8 +61,9 @@ class LevelPrice:
 
     def book(self, levels: Levels) -> None:
         """A draft of these `levels` has just ended."""
-        if levels.made and len(self.seconds) < TIMED:
-            self.seconds.append((time.perf_counter() - levels.begin) / levels.made)
+        timed = levels.ahead or levels.made
+        if timed and len(self.seconds) < TIMED:
+            self.seconds.append((time.perf_counter() - levels.begin) / timed)
 
     def levels(self, most: int, curve: Floats | None, rate: float = 0.0) -> Levels:
         """Levels of the next draft, where a forward of 1, 2, ... rows takes the seconds of `curve` `[rows]`.

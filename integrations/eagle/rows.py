@@ -5,7 +5,7 @@ Knows which columns of the draft's own KV cache are whose, and who sees whom. Do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ppd_compose.tree import Bools, Ints
 
 from .draft_cache import DraftCache
 from .network import Drafted
+from .whole import Level
 
 WAITING = 64  # steps whose hidden states wait to be fused: several at once take hardly longer than one
 
@@ -53,13 +54,25 @@ class DraftRows:
 
         `ids` is the whole sequence; its last token, the root, completes the last pair.
         """
+        features = self._new()
+        last = self.cache.pairs(self.first, self.accepted, ids[-len(features) :], features)
+        self.accepted += len(features)
+        return last
+
+    def draft(self, ids: Sequence[int], levels: int, width: int) -> tuple[Drafted, Iterator[Level]]:
+        """The same, and in one go what `levels` levels of `width` candidates below it give; they are dropped then."""
+        features = self._new()
+        told = self.cache.draft(self.first, self.accepted, ids[-len(features) :], features, levels, width)
+        self.accepted += len(features)
+        return told
+
+    def _new(self) -> Tensor:
+        """Features `[pairs, hidden]` of the pairs that became known; drops all candidates."""
         if self.pending:
             self._fuse()
         features, self.features = torch.cat(self.features), []
         self.drop()
-        last = self.cache.pairs(self.first, self.accepted, ids[-len(features) :], features)
-        self.accepted += len(features)
-        return last
+        return features
 
     def level(self, tokens: Ints, above: Ints, features: Tensor, parents: Ints, depths: Ints) -> Drafted:
         """Run candidates below the accepted pairs.
