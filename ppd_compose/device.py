@@ -97,6 +97,17 @@ def on_host(*told: Tensor) -> tuple[NDArray[np.float32], Ints]:
     return np.fmax(claims, -np.inf), tokens  # of a number and NaN that takes the number
 
 
+def all_on_host(told: Sequence[tuple[Tensor, ...]]) -> list[tuple[NDArray[np.float32], Ints]]:
+    """Of several the same, all in one copy."""
+    each = iter(bringing(*(tensor for one in told for tensor in one))())
+    return [on_host(*(next(each) for _ in one)) for one in told]
+
+
+def tokens_of(*told: Tensor) -> Tensor:
+    """The tokens, int64, of what `for_host` made, on their device."""
+    return told[1] if len(told) > 1 else told[0][1].long()
+
+
 def _packed(claims: Tensor, tokens: Tensor) -> Tensor:
     """Both as int32, bit for bit: there are fewer tokens than that."""
     return torch.stack([claims.float().view(torch.int32), tokens.int()])

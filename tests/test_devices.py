@@ -8,6 +8,7 @@ import test_eagle_train
 import test_medusa
 import test_train
 import torch
+from ppd_compose.integrations.draft_model import DraftModel
 from ppd_compose.integrations.medusa import MedusaHeads
 from simulated import KIND, Simulated, copied
 from test_eagle_train import replies
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(not simulated.HERE, reason="this torch knows no 
 
 DRAFTERS = {
     **MAKERS,
+    "draft-chain": lambda base: DraftModel(tiny("llama", seed=5, dtype=base.dtype).to(base.device)),
     "ensembles": lambda base: prompt_tokens(3, 3),
     "heads-that-read": lambda base: MedusaHeads(random_heads(), prompt_heads=prompt_heads(prompt_tokens())),
     "and-ensembles": lambda base: MedusaHeads(random_heads(), prompt_heads=prompt_heads(prompt_tokens(3, 3))),
@@ -123,7 +125,7 @@ def test_every_drafter_and_a_chat_that_goes_on(name, family, compile):
 )
 def test_all_together_behind_padding(how, compile):
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt()], dim=1)
-    names = [name for name in DRAFTERS if name not in ("ensembles", "medusa", "and-ensembles")]
+    names = [name for name in DRAFTERS if name not in ("ensembles", "medusa", "and-ensembles", "draft-chain")]
     base, model = composed("llama", *names, compile=compile)
     same(base, model, ids, attention_mask=(ids != 0).long(), **how)
 
@@ -155,7 +157,8 @@ def tensors(trained):
 
 # Of a step: what goes up at most, and what comes down: picks, and with them what drafters guess. One more comes down of
 # ensembles, of which the budget may leave a part; and of heads that read prompt tokens where none hangs from the last
-# accepted node. An EAGLE head's draft goes up and comes down in one copy more, a draft model's in one for each forward.
+# accepted node. An EAGLE head's draft goes up and comes down in one copy more. A draft model is told each of its
+# forwards, and tells each, but those of a chain all at once.
 STEPS = {
     (): (1, 1),
     ("lookup", "ngram"): (1, 1),
@@ -166,6 +169,7 @@ STEPS = {
     ("recycling",): (1, 1),
     ("ensembles", "and-ensembles"): (1, 2),
     ("eagle",): (2, 2),
+    ("draft-chain",): (5, 2),
     ("draft-model",): (5, 5),
 }
 

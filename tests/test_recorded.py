@@ -198,6 +198,7 @@ def beside(base):
         "eagle-1": eagle(1, grow=2),
         "eagle-3": eagle(3, grow=2),
         "draft-model": DraftModel(draft, 4, 2),
+        "draft-model of a chain": DraftModel(draft),
         "draft-model with prompt tokens": DraftModel(draft, 4, 2, with_prefix(draft, 2, 2, 3), forwards=3),
         "prompt tokens": with_prefix(base, 2, 3, 2),
     }
@@ -260,7 +261,7 @@ class Proposed:
         return made
 
 
-@pytest.mark.parametrize("name", ["eagle-3", "draft-model"])
+@pytest.mark.parametrize("name", ["eagle-3", "draft-model", "draft-model of a chain"])
 def test_a_drafter_s_memory_that_grows_is_recorded_anew(name, taped, monkeypatch):
     monkeypatch.setattr(fixed, "FEWEST", 16)
     monkeypatch.setattr(draft_cache, "SPARE", 4)

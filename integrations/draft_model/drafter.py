@@ -26,7 +26,7 @@ from ppd_compose.replayed import Lending, Lendings, Replayed
 from .files import Draft, Origin, is_draft_folder, load_draft, save_draft
 from .fitting import compare_vocabularies, refuse_draft
 from .growth import Growth
-from .reading import Reading, best_guesses
+from .reading import ROOT, Reading, best_guesses
 from .shared import shared_token, usual_depth
 
 
@@ -168,12 +168,23 @@ class DraftModel(PushesToHub):
         depth = min(self.depth, step.room - 1, step.budget.max_rows - 1, self._room(step))
         if depth < 1 or max(step.ids[reading.length :]) >= self._embedding().shape[0]:
             return None
+        if self.width == 1 and not self.n and reading.at_once:
+            return self._chain(step, reading, depth)
         growth = Growth(step.ids[-1], depth, step.budget.max_rows, reading.read(step.ids, min(self.n, depth - 1)))
         for _ in range(self.forwards - 1):
             tokens, parents = growth.pending(self.width * (self.n + 1))
             if not tokens:
                 break
             growth.learn(tokens, parents, reading.look(tokens, parents, min(self.n, depth - 2)))
+        return growth.tree()
+
+    def _chain(self, step: Step, reading: Reading, depth: int) -> TokenTree:
+        """The greedy chain of a device, which goes on by itself."""
+        first, *ahead = reading.chain(step.ids, min(self.forwards, depth))
+        growth = Growth(step.ids[-1], depth, step.budget.max_rows, first)
+        for row, after in enumerate(ahead, ROOT):
+            growth.learn([int(first.tokens[0, 0, 0])], [row], after)
+            first = after
         return growth.tree()
 
     def _searching(self, make_recorder: Callable[[], Recorder] | None) -> Lending[Replayed]:

@@ -26,6 +26,7 @@ from ppd_compose.tree import Ints
 CHUNK = 512  # tokens of a prompt that are read in one forward
 
 Lend = Callable[[Cache, Tensor], None]
+Words = Sequence[int] | Tensor
 
 
 class Forwards:
@@ -62,12 +63,12 @@ class Forwards:
         """Tokens that are read in one forward, at most: what is recorded is of few sizes."""
         return CHUNK if memory_of(self.cache) is None else MANY
 
-    def __call__(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Sequence[int], last: int) -> Tensor:
+    def __call__(self, length: int, tokens: Words, kinds: Ints, parents: Sequence[int], last: int) -> Tensor:
         """Logits `[last, vocab]` of the `last` ones of new rows, behind `length` tokens that were read.
 
         Args:
             length: columns behind those in front that all rows see; behind them stand guesses looked at before.
-            tokens: of new rows.
+            tokens: of new rows; on the device where the host does not know them yet.
             kinds: of the rows behind these, which of the prompt tokens' embeddings they carry.
             parents: of the guesses looked at before, and of all new rows; -1 is the last token that was read.
         """
@@ -85,14 +86,15 @@ class Forwards:
             lay_in_place(self.cache)
             self.lend(self.cache, torch.ones(counted(self.cache), dtype=torch.bool, device="cpu"))
 
-    def _launched(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints, last: int) -> Tensor:
+    def _launched(self, length: int, tokens: Words, kinds: Ints, parents: Ints, last: int) -> Tensor:
         model: Any = self.model
         # A mere chain needs no mask where nothing stands before the sequence.
         plain = not self.front and np.array_equal(parents, np.arange(-1, len(parents) - 1))
-        told = self._chain(length, [*tokens, *kinds], parents) if plain else self._told(length, tokens, kinds, parents)
+        known = _known(tokens)
+        told = self._chain(length, [*known, *kinds], parents) if plain else self._told(length, known, kinds, parents)
         _, words, at, see, front = told.there(model.device).parts()
-        parts = words.split([len(tokens), len(kinds)])
-        given = {"inputs_embeds": self._embedded(*parts)} if len(kinds) else {"input_ids": words[None]}
+        parts = _apart(words, tokens, [len(kinds)])
+        given = {"inputs_embeds": self._embedded(*parts)} if len(kinds) else {"input_ids": parts[0][None]}
         mask = {} if plain else {"attention_mask": self._mask(length, see, front)}
         keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_logits else {}
         with unplanned(model.device):
@@ -102,15 +104,15 @@ class Forwards:
         logits: Tensor = out.logits[0, -last:]
         return logits
 
-    def _played(self, length: int, tokens: Sequence[int], kinds: Ints, parents: Ints) -> Tensor:
+    def _played(self, length: int, tokens: Words, kinds: Ints, parents: Ints) -> Tensor:
         """Logits of all rows by what was recorded."""
         memory: Any = memory_of(self.cache)
         rows = len(tokens) + len(kinds)
         idle = recorded_rows(rows) - rows
         memory.make_room(rows + idle)
-        inputs = self._told(length, tokens, kinds, parents, idle)
-        sizes = [len(tokens), len(kinds), idle]
-        outputs = play(self.model, memory, inputs, lambda words: self._embedded(*words.split(sizes)), {})
+        inputs = self._told(length, _known(tokens), kinds, parents, idle)
+        behind = [len(kinds), idle]
+        outputs = play(self.model, memory, inputs, lambda words: self._embedded(*_apart(words, tokens, behind)), {})
         count(self.cache, rows)
         return outputs.logits[0, :rows]
 
@@ -166,3 +168,14 @@ class Forwards:
 def _last(see: Tensor, count: int) -> Tensor:
     """Of the columns that each row sees, bool `[rows, columns]`, the last `count`."""
     return see & (see.flip(1).cumsum(1).flip(1) <= count)
+
+
+def _known(tokens: Words) -> Sequence[int]:
+    """What the host says of them: where it knows none, anything."""
+    return [0] * len(tokens) if isinstance(tokens, Tensor) else tokens
+
+
+def _apart(words: Tensor, tokens: Words, behind: Sequence[int]) -> Sequence[Tensor]:
+    """On the device the tokens, of which `words` begin with what the host said, and as many numbers as lie `behind`."""
+    first, *others = words.split([len(tokens), *behind])
+    return tokens if isinstance(tokens, Tensor) else first, *others

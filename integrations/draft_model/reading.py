@@ -12,20 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ppd_compose.cache import commit
-from ppd_compose.device import for_host, on_host
+from ppd_compose.device import all_on_host, for_host, on_host, tokens_of
 from ppd_compose.ensemble import average, ensemble_parents
 from ppd_compose.replayed import Replayed
 from ppd_compose.top import best_tokens
 from ppd_compose.tree import Floats, Ints
 
-from .forwards import Forwards, Lend
+from .forwards import Forwards, Lend, Words
 
 # Row -1 is the last token read; rows 0, 1, ... were looked at since, in that order.
 ROOT = -1
+NONE: Ints = np.zeros(0, np.int64)  # of prompt tokens
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Reading:
         self.rows: dict[tuple[int, int], int] = {}  # (parent, token): the row that holds it
 
     @property
+    def at_once(self) -> bool:
+        """Whether the host would wait for each forward."""
+        return self.forward.lend is not None or self.forward.model.device.type != "cpu"
+
+    @property
     def cache(self) -> Cache:
         """The draft model's keys and values."""
         return self.forward.cache
@@ -79,12 +86,35 @@ class Reading:
         Returns what is expected after the last token, by itself and by up to `prompts` prompt tokens below it:
         `[1, 1 + prompts, width]`.
         """
+        return self._read(self._begun(ids), prompts)
+
+    @torch.no_grad()
+    def chain(self, ids: Sequence[int], looks: int) -> list[Ahead]:
+        """Read as `read` does, and look at the likeliest token after that, then at the likeliest after this one, and so
+        on: `looks` forwards, of which none waits for the one before to tell the host.
+
+        Returns what is expected after the last token read, and after each looked at: `[1, 1, width]`.
+        """
+        tokens: Words = self._begun(ids)
+        above, told = range(ROOT, len(tokens) - 1), []
+        self.length, begin = self.length + len(tokens), self.length
+        for look in range(looks):
+            told.append(self._searched(self.forward(begin, tokens, NONE, above, 1), 1))
+            tokens, above, begin = tokens_of(*told[-1])[0, :1], range(ROOT, look), self.length
+        ahead = [_ahead(*each, 1) for each in all_on_host(told)]
+        for row, before in enumerate(ahead[:-1]):
+            self.rows[row - 1, int(before.tokens[0, 0, 0])] = row
+        self.parents = list(range(ROOT, looks - 2))
+        return ahead
+
+    def _begun(self, ids: Sequence[int]) -> Sequence[int]:
+        """Those of `ids` that are new, but for what is read in forwards of its own."""
         self._settle(ids)
         if self.length:
             self.forward.lie_still()
         while len(ids) - self.length > self.forward.most:
             self._read(ids[self.length : self.length + self.forward.most], 0)
-        return self._read(ids[self.length :], prompts)
+        return ids[self.length :]
 
     def look(self, tokens: Sequence[int], parents: Sequence[int], prompts: int) -> Ahead:
         """Look at guesses: row i holds `tokens[i]` and stands below row `parents[i]`, looked at before or now.
@@ -125,9 +155,11 @@ class Reading:
         above = [*self.parents, *parents, *below]
         logits = self.forward(self.length, tokens, kinds, above, last + len(below))
         commit(self.cache, len(below), [])
-        how = {"last": last, "v": self.v, "vocab": self.vocab_size, "width": self.width}
-        claims, best = on_host(*self.searching(logits, **how))
-        return Ahead(_by_row(best, last), _by_row(claims, last).astype(np.float64))
+        return _ahead(*on_host(*self._searched(logits, last)), last)
+
+    def _searched(self, logits: Tensor, last: int) -> tuple[Tensor, ...]:
+        """`best_guesses` of `logits`."""
+        return self.searching(logits, last=last, v=self.v, vocab=self.vocab_size, width=self.width)
 
 
 def best_guesses(logits: Tensor, *, last: int, v: int, vocab: int, width: int) -> tuple[Tensor, ...]:
@@ -144,6 +176,11 @@ def best_guesses(logits: Tensor, *, last: int, v: int, vocab: int, width: int) -
     if v > 1 and len(logits) > last:
         logits = torch.cat([logits[:last], average(logits[last:].unflatten(0, (-1, v)), 1)])
     return for_host(*best_tokens(logits, width))
+
+
+def _ahead(claims: NDArray[np.float32], best: Ints, rows: int) -> Ahead:
+    """What was told of `rows` rows, then of their prompt tokens, `[rows + rows * n, width]`."""
+    return Ahead(_by_row(best, rows), _by_row(claims, rows).astype(np.float64))
 
 
 def _by_row(best: Any, rows: int) -> Any:

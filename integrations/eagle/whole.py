@@ -53,6 +53,7 @@ def whole_draft(
     for level in range(levels + 1):
         log_probs, tokens = cache.best_children(drafted.hidden, width)
         claims = (scores[:, None] + log_probs).flatten()
+        claims = claims.where(~claims.isnan(), -torch.inf)  # what is no number is claimed by nobody
         scores, best = claims.topk(width)
         told.append((claims, tokens.flatten(), best))
         if level < levels:
