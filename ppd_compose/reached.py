@@ -17,7 +17,7 @@ class End(NamedTuple):
 
     picks: Tensor  # int64 [rows], the likeliest token after each
     node: Tensor  # int64 [1]
-    below: Tensor  # int64 [rows], each row's own number where it hangs from that node, elsewhere `rows`
+    below: Tensor  # float32 [rows], each row's own number where it hangs from that node, elsewhere `rows`
 
 
 def end_of(words: Tensor, nodes: Tensor, see: Tensor, picks: Tensor) -> End:
@@ -30,19 +30,20 @@ def end_of(words: Tensor, nodes: Tensor, see: Tensor, picks: Tensor) -> End:
             so of rows on one path the last is the deepest.
         picks: `[rows]`, the likeliest token after each.
     """
-    at = torch.arange(len(words), device=words.device)
+    # Floats, as not every device finds the largest of whole numbers.
+    at = torch.arange(len(words), dtype=torch.float32, device=words.device)
     above = see & (at < at[:, None])
-    parents = (above * at).amax(1)
+    parents = (above * at).amax(1).long()
     right = (words == picks[parents]) | (at == 0)
     accepted = (right | ~see).all(1) & (at < nodes)
     node = (accepted * at).amax(0, keepdim=True)
     hung_from = (above & (at < nodes)).mul(at).amax(1)
     hangs = (hung_from == node) & (at >= nodes)
-    return End(picks, node, torch.where(hangs, at, len(words)))
+    return End(picks, node.long(), torch.where(hangs, at, float(len(words))))
 
 
 def rows_below(end: End, begin: int, rows: int, most: int) -> Tensor:
     """Which rows hang from that node `[most]`, of `rows` ones from `begin` on of which `most` do so at most; where they
     are fewer the last ones are any."""
     mine = end.below[begin : begin + rows].topk(most, largest=False).values
-    return mine.clamp(max=len(end.below) - 1)
+    return mine.long().clamp(max=len(end.below) - 1)

@@ -47,7 +47,7 @@ def whole_draft(
     """
     columns = torch.arange(shown, device=numbers.device)
     first, at, last = numbers[:3].split(1)
-    begin = at + last + 1
+    begin, itself = at + last + 1, columns[:width, None] == columns[:width]
     root = drafted = cache.ran_pairs(numbers, features, (columns < begin)[None])
     scores, own, told = drafted.hidden.new_zeros(1, dtype=torch.float32), begin.new_zeros(1, 0, dtype=torch.bool), []
     for level in range(levels + 1):
@@ -58,7 +58,7 @@ def whole_draft(
         told.append((claims, tokens.flatten(), best))
         if level < levels:
             above = best // width
-            own = torch.cat([own[above], torch.eye(width, dtype=torch.bool, device=own.device)], dim=1)
+            own = torch.cat([own[above], itself], dim=1)
             positions = (first + begin + level).expand(width)
             given = tokens.flatten()[best], drafted.feature[above], positions, _seen(columns - begin, own)
             drafted = cache.ran_candidates(begin + level * width, *given)
@@ -69,8 +69,7 @@ def _seen(columns: Tensor, own: Tensor) -> Tensor:
     """Which `columns` `[columns]`, counted from the first candidate's, rows see `[rows, columns]` that see all before
     that, and of the candidates those that `own` `[rows, candidates]` says."""
     inside = (columns >= 0) & (columns < own.shape[1])
-    at = columns.clamp(0, own.shape[1] - 1).expand(len(own), -1)
-    return (columns < 0) | (own.gather(1, at) & inside)
+    return (columns < 0) | (own[:, columns.clamp(0, own.shape[1] - 1)] & inside)
 
 
 def levels_of(told: tuple[Tensor, ...], width: int) -> Iterator[Level]:
