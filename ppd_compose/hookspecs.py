@@ -81,7 +81,8 @@ def refine(step: Step, drafter: Any, answer: Answer, reached: Reached) -> Answer
 
     Called for each drafter with such rows below the last accepted node, before anyone drafts: it finds the answer that
     you return. `answer.hidden_states` are those that anyone asks for by `hidden_layers`. The last accepted token and
-    the one after it are told by `reached`, as on a device `step` may not know them yet, see `foretell`.
+    the one after it are told by `reached`, as on a device `step` may not know them yet: there a drafter that foretells
+    finds your answer in `foretell`, and not again.
     """
 
 

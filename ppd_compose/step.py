@@ -57,9 +57,7 @@ class Step:
     path: list[int] = field(default_factory=list)  # nodes of `tree` that were accepted, root first
     hidden_states: dict[int, Tensor] = field(default_factory=dict)  # by layer [path, hidden], where asked for
     answers: dict[Any, Answer] = field(default_factory=dict)  # by plugin
-    foretold: dict[Any, Sequence[Tensor]] = field(
-        default_factory=dict
-    )  # by drafter: of the hook `foretell`, on the host
+    foretold: dict[Any, Sequence[Tensor]] = field(default_factory=dict)  # by drafter, on the host, see `foretell`
     observing: dict[str, float] = field(default_factory=dict)  # seconds in which drafters took up the last step
     drafting: dict[str, float] = field(default_factory=dict)  # seconds of those asked at this step, these included
     memory: dict[Any, Any] = field(default_factory=dict)  # by plugin: its own state for this sequence
