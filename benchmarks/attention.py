@@ -114,7 +114,7 @@ WAYS: dict[str, Callable[[Given], Tensor]] = {
 def layers_of(config: Any, context: int, rows: int, like: Tensor) -> list[Given]:
     """What all layers of a model of that configuration attend to: random numbers where `like` is and of its dtype."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-    dim, columns = config.hidden_size // heads, context + rows
+    dim, columns = getattr(config, "head_dim", None) or config.hidden_size // heads, context + rows
     see = torch.from_numpy(ancestors(np.array([-1, *(i // 2 for i in range(rows - 1))]))).to(like.device)
     mask = torch.cat([see.new_ones(rows, context), see], dim=1)[None, None]
     torch.manual_seed(0)

@@ -54,9 +54,9 @@ def rows_of(told: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def bringing(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Put `tensors`, all of one device, together there at once; what is given brings them to the host in one copy, for
+    """Put `tensors` together where the first one is, at once; what is given brings them to the host in one copy, for
     which it waits."""
-    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    parts = [tensor.reshape(-1).view(torch.uint8).to(tensors[0].device) for tensor in tensors]
     together = torch.cat(parts)
 
     def bring() -> list[Tensor]:

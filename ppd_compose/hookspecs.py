@@ -81,8 +81,8 @@ def refine(step: Step, drafter: Any, answer: Answer, reached: Reached) -> Answer
 
     Called for each drafter with such rows below the last accepted node, before anyone drafts: it finds the answer that
     you return. `answer.hidden_states` are those that anyone asks for by `hidden_layers`. The last accepted token and
-    the one after it are told by `reached`, as on a device `step` may not know them yet: there a drafter that foretells
-    finds your answer in `foretell`, and not again.
+    the one after it are told by `reached`: for a drafter that foretells on a device you are called before `step` knows
+    them, with rows that may mean nothing, see `foretell`, and not again where it foretold.
     """
 
 
@@ -137,12 +137,12 @@ def foretell(
 
     Called while the device computes a greedy step: so its next work is launched before the host knows what is accepted,
     and comes to it with the picks in one copy, as `step.foretold[self]` for `observe` and the next step. Look at no
-    number of a tensor here: the host would wait. Not called on a CPU or where picks are made otherwise, and what it
-    told is not there where generation stopped within a path: ask the device then yourself.
+    number of a tensor here, nor in `refine`: the host would wait. Not called of a prompt, on a CPU or where picks are
+    made otherwise, and what it told is not there where generation stopped within a path: ask the device then yourself.
 
-    `logits` `[nodes, vocab]` are the model's after every node of `tree`. `answers` are those of the next step, of as
-    many rows as a drafter's hang from any node at most: those beyond what hangs from the last accepted one mean
-    nothing.
+    `logits` `[nodes, vocab]` are the model's after every node of `tree`. `answers` are those of the next step, of the
+    kinds, and as many rows, that hang from the node from which most of a drafter's rows hang: those beyond what hangs
+    from the last accepted one mean nothing, and one that hangs other kinds from other nodes cannot read them.
     """
 
 

@@ -36,6 +36,7 @@ class RecordingStore:
 
     def __init__(self, make: Callable[[], Recorder], what: str) -> None:
         self.make, self.what, self.works = make, what, True
+        self.made = 0  # recordings so far
         self.forget()
 
     def forget(self) -> None:
@@ -49,6 +50,7 @@ class RecordingStore:
             if len(self.recordings) == MOST:
                 self.forget()
             self.recordings[key] = made()
+            self.made += 1
         recording: Thing = self.recordings[key]
         return recording
 

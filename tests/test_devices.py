@@ -20,6 +20,7 @@ from tiny import Oracle, continuing, prompt, prompt_tokens, tiny
 
 from ppd_compose import compose
 from ppd_compose.alternatives import AlwaysAsk
+from ppd_compose.device import bringing
 from ppd_compose.testing import check_drafter
 
 pytestmark = pytest.mark.skipif(not simulated.HERE, reason="this torch knows no devices in Python")
@@ -89,6 +90,16 @@ def test_operands_on_different_devices_are_refused():
         one + one.to(KIND)
     with pytest.raises(TypeError, match="copied to the host"):
         one.to(KIND).numpy()
+
+
+def test_what_lies_on_several_devices_comes_in_one_copy_too():
+    given = torch.arange(3).to(KIND), torch.tensor([True]), torch.rand(2, 2).to(KIND)
+    copied.clear()
+    bring = bringing(*given)
+    assert copied["down"] == 0
+    for mine, theirs in zip(bring(), given, strict=True):
+        assert torch.equal(mine, theirs.cpu())
+    assert copied["down"] == 3  # the two above are looked at here
 
 
 @pytest.mark.parametrize("name", ["ppd", "recycling"])  # what the others compute there is tried below

@@ -258,17 +258,18 @@ def test_levels_are_timed_in_the_first_drafts_and_then_settled():
 
 
 def test_on_a_device_one_level_more_is_run_than_was_wanted_of_late():
-    levels = [Levels(5) for _ in range(4)]
-    assert [each.run_ahead(wanted) for each, wanted in zip(levels, ([], [0, 0], [1, 3, 2], [6]), strict=True)] == [
-        5,
-        1,
-        4,
-        5,
-    ]
+    for wanted, most, run in (([], 5, 5), ([0, 0], 5, 1), ([1, 3, 2], 5, 4), ([4], 5, 5), ([0], 0, 0), ([2], 1, 4)):
+        levels = Levels(most)
+        depth = 5 if most else 0
+        assert levels.run_ahead(depth, wanted) == run
+        assert levels.most == min(most, run)
     price = LevelPrice()
-    levels[1].begin -= 6.0
-    price.book(levels[1])
-    assert price.seconds == pytest.approx([3.0], rel=0.01)  # what comes before the levels takes as long as one
+    for depth in (0, 1):  # what comes before levels takes as long as one, and tells nothing of them alone
+        levels = Levels(depth)
+        levels.run_ahead(depth, [])
+        levels.begin -= 6.0
+        price.book(levels)
+    assert price.seconds == pytest.approx([3.0], rel=0.01)
 
 
 def test_drafts_end_where_forwards_are_cheap_beside_them():

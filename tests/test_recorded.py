@@ -9,6 +9,7 @@ import pytest
 import torch
 from ppd_compose.integrations.draft_model import DraftModel
 from ppd_compose.integrations.eagle import draft_cache
+from ppd_compose.integrations.eagle.levels import LevelPrice
 from ppd_compose.integrations.medusa import MedusaHeads
 from ppd_compose.integrations.recycling import TokenRecycling
 from test_eagle import eagle
@@ -316,6 +317,19 @@ def test_a_draft_head_keeps_no_keys_of_an_answer_that_has_ended_where_nothing_is
     assert torch.equal(answer(compose(base, drafter, budget=16)), answer(base))
     ((_, lending),) = drafter._lendings.by_model.values()
     assert [held.keys for held in lending.free] == [None]
+
+
+def test_a_draft_during_which_something_was_recorded_is_not_timed(taped, monkeypatch):
+    told, book = [], LevelPrice.book
+    monkeypatch.setattr(LevelPrice, "book", lambda price, levels: (told.append(levels), book(price, levels)))
+    base = tiny()
+    model = compose(base, eagle(3), budget=16, compile=True, plugins=[AlwaysAsk()])
+    counts = []
+    for _ in range(3):
+        assert torch.equal(answer(model), answer(base))
+        counts.append(len(told))
+        told.clear()
+    assert counts[0] < counts[1] == counts[2]
 
 
 def test_a_function_is_recorded_for_each_shape_and_its_answers_are_the_caller_s(monkeypatch):

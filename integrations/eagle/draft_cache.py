@@ -51,6 +51,11 @@ class DraftCache:
         """Whether a draft is best made in one go, as the host would wait for each level."""
         return self.store is not None or self.parts.device.type != "cpu"
 
+    @property
+    def recorded(self) -> int:
+        """How much was recorded so far: what takes part in that takes longer than it will."""
+        return 0 if self.store is None else self.store.made
+
     def clear(self) -> None:
         """Hold nothing of a sequence that has ended."""
         if self.store is None:

@@ -152,9 +152,11 @@ class EagleHead(PushesToHub):
         price = memory.rows.parts.price
         curve = None if step.budget.fixed else step.budget.curve(step.length)
         levels = price.levels(most, curve, step.rate)
+        recorded = memory.rows.cache.recorded
         below = self._below(memory, step, levels, min(self.top_k, size))
         memory.tree = dynamic_tree(TokenTree.chain(step.ids[-1]), ROOT, below, levels, size)
-        price.book(levels)
+        if memory.rows.cache.recorded == recorded:
+            price.book(levels)
         memory.wanted.append(levels.made)
         return memory.tree
 
@@ -186,7 +188,7 @@ class EagleHead(PushesToHub):
         if not memory.rows.cache.at_once:
             memory.root = memory.rows.accept(step.ids)
             return levels_below(memory.rows, Frontier.root(memory.root), width)
-        memory.root, below = memory.rows.draft(step.ids, levels.run_ahead(memory.wanted), width)
+        memory.root, below = memory.rows.draft(step.ids, levels.run_ahead(self.depth, memory.wanted), width)
         return below
 
     def _ready(self, model: PreTrainedModel) -> Lending[DraftCache]:

@@ -33,12 +33,14 @@ class Levels:
         """Whether there is no other level to ask for."""
         return self.made == self.most
 
-    def run_ahead(self, wanted: Iterable[int]) -> int:
-        """How many levels to run in one go, before it is known which pay: one more than was `wanted` in any of the last
-        drafts. They, and what comes before them, are timed from now on."""
-        levels = min(self.most, max(wanted, default=self.most) + 1)
-        self.begin, self.ahead = time.perf_counter(), levels + 1
-        return levels
+    def run_ahead(self, depth: int, wanted: Iterable[int]) -> int:
+        """How many of `depth` levels to run in one go, before it is known which pay: one more than was `wanted` in any
+        of the last drafts, or the power of two above, so that there are few numbers. They, and what comes before them,
+        are timed from now on; no more than these are made."""
+        run = min(depth, 1 << max(wanted, default=depth).bit_length())
+        self.most = min(self.most, run)
+        self.begin, self.ahead = time.perf_counter(), run + 1
+        return run
 
     def another(self, scores: NDArray[np.floating]) -> bool:
         """Whether to run a level below nodes whose paths have the chances `scores` `[nodes]`, log.
@@ -62,7 +64,7 @@ class LevelPrice:
     def book(self, levels: Levels) -> None:
         """A draft of these `levels` has just ended."""
         timed = levels.ahead or levels.made
-        if timed and len(self.seconds) < TIMED:
+        if timed > min(levels.ahead, 1) and len(self.seconds) < TIMED:  # of no level nothing is known
             self.seconds.append((time.perf_counter() - levels.begin) / timed)
 
     def levels(self, most: int, curve: Floats | None, rate: float = 0.0) -> Levels:
